@@ -1,0 +1,107 @@
+"""Root-first fan-out: siblings that arrive together compute their shared prefix once.
+
+Stock SGLang's cache-agnostic schedule policies (``fcfs`` is the default) admit siblings into one
+prefill batch, where each computes the shared prefix for itself. Here the first of them is admitted
+and the others stay in the waiting queue until its prefix is in the radix tree: one pass later, or
+one chunk later for a chunked prefill.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+logger = logging.getLogger(__name__)
+
+
+def is_publishing(req: Req) -> bool:
+    """Whether the request is computing prompt KV that the tree will hold but does not hold yet.
+
+    SGLang moves ``prefix_len`` up to ``extend_end`` at the moment it publishes an extend.
+    """
+    return (
+        not req.finished()
+        and not req.skip_radix_cache_insert
+        and req.extend_end is not None
+        and req.prefix_len < req.extend_end
+    )
+
+
+def gains_by_waiting(req: Req, leader: Req, min_tokens: int, page_size: int) -> bool:
+    """Whether ``req`` would find at least ``min_tokens`` more cached tokens after ``leader``.
+
+    Both requests have been matched against the tree: their first ``prefix_len`` tokens are cached.
+    """
+    if req.extra_key != leader.extra_key or req.cache_salt != leader.cache_salt:
+        return False
+    start = req.prefix_len
+    # The last prompt token is always computed, and so is what the client wants logprobs of.
+    usable = len(req.full_untruncated_fill_ids) - 1
+    if req.return_logprob and req.logprob_start_len >= 0:
+        usable = min(usable, req.logprob_start_len)
+    # Whole pages only. A tail of the leader's that fills no page is not shared.
+    end = -(-(start + min_tokens) // page_size) * page_size
+    if end > usable or end > len(leader.full_untruncated_fill_ids):
+        return False
+    ours, theirs = req.full_untruncated_fill_ids, leader.full_untruncated_fill_ids
+    # Unrelated prompts part within the first few tokens behind the cached prefix: look there first.
+    return ours[start:end] == theirs[start:end] and ours[:start] == theirs[:start]
+
+
+class RootFirstPrefillAdder(PrefillAdder):
+    """SGLang's prefill admission, which lets a request wait for a prefix that is on its way.
+
+    Subclass attributes are set by :func:`make_adder_class`.
+    """
+
+    min_tokens: int
+    on_held: Callable[[Req], None]
+    on_error: Callable[[str], None]
+
+    def add_one_req(
+        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> AddReqResult:
+        if self._should_hold(req):
+            self.on_held(req)
+            # CONTINUE without admission: the scheduler looks at the next request in the queue.
+            return AddReqResult.CONTINUE
+        return super().add_one_req(req, has_chunked_req, truncation_align_size)
+
+    def _should_hold(self, req: Req) -> bool:
+        try:
+            return any(
+                gains_by_waiting(req, leader, self.min_tokens, self.page_size)
+                for leader in self._leaders()
+            )
+        except Exception:
+            logger.exception("RKSC root-first failed for %s: admitted at once", req.rid)
+            self.on_error("root_first")
+            return False
+
+    def _leaders(self) -> Iterable[Req]:
+        # Admitted in this pass (an unfinished chunked request among them) ...
+        yield from (req for req in self.can_run_list if not req.skip_radix_cache_insert)
+        # ... or, under the overlap schedule, still in the forward pass of the last one.
+        if self.running_batch is not None:
+            yield from filter(is_publishing, self.running_batch.reqs)
+
+
+def make_adder_class(
+    min_tokens: int, on_held: Callable[[Req], None], on_error: Callable[[str], None]
+) -> type[RootFirstPrefillAdder]:
+    """The class for ``Scheduler.get_prefill_adder_class``, which constructs it anew each pass."""
+    return type(
+        "RootFirstPrefillAdder",
+        (RootFirstPrefillAdder,),
+        {
+            "min_tokens": min_tokens,
+            "on_held": staticmethod(on_held),
+            "on_error": staticmethod(on_error),
+        },
+    )

@@ -1,0 +1,123 @@
+"""Where RKSC touches SGLang, and the start-up checks that each touch took effect.
+
+Two kinds. *Seams* are extension points that SGLang offers: subclassed methods and registries.
+*Hooks* wrap a private name, a last resort; all of them are here. SGLang only logs a plugin that
+fails, so every one is checked: on the class before the model loads, on the live scheduler after.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from typing import Any, NamedTuple
+
+SGLANG_VERSION = "0.5.23"
+
+
+class CompatError(RuntimeError):
+    """SGLang is not what RKSC was built for; the message names what moved."""
+
+
+class Seam(NamedTuple):
+    """A method of SGLang that RKSC overrides, with the parameters it relies on."""
+
+    owner: str  # dotted class name
+    method: str
+    parameters: tuple[str, ...]
+
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+
+SEAMS = (
+    Seam(_SCHEDULER, "get_prefill_adder_class", ()),
+    Seam(_SCHEDULER, "get_output_streamer_class", ()),
+    Seam(_SCHEDULER, "_create_generation_req", ("recv_req", "args", "kwargs")),
+    Seam(_SCHEDULER, "get_init_info", ()),
+    Seam(_SCHEDULER, "get_internal_state", ("recv_req",)),
+    Seam(_STREAMER, "build_additional_customized_info", ("reqs",)),
+    Seam(_STREAMER, "is_request_level_customized_info_key", ("key",)),
+    Seam(_ADDER, "add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
+    Seam(_TOKENIZER, "generate_request", ("obj", "request")),
+    Seam(_TOKENIZER, "abort_request", ("rid", "abort_all")),
+    Seam(
+        _TOKENIZER,
+        "update_request_meta_info",
+        ("meta_info", "state", "customized_info", "index", "finish_reason"),
+    ),
+    Seam(_CACHE, "match_prefix", ("params",)),
+    Seam(_CACHE, "insert", ("params",)),
+    Seam(_CACHE, "evict", ("params",)),
+)
+
+
+def check_version() -> None:
+    import sglang
+
+    if sglang.__version__ != SGLANG_VERSION:
+        raise CompatError(
+            f"rksc_sglang is built for sglang=={SGLANG_VERSION}, found {sglang.__version__}"
+        )
+
+
+def check_seam(seam: Seam) -> None:
+    """Raise CompatError when the method is gone or takes other parameters."""
+    try:
+        owner = pkgutil.resolve_name(seam.owner)
+    except (ImportError, AttributeError) as error:
+        raise CompatError(f"SGLang has no {seam.owner}: {error}") from error
+    # Look behind our own subclass, which has replaced SGLang's class by now.
+    stock = next(cls for cls in owner.__mro__ if not cls.__module__.startswith("rksc_sglang."))
+    method = getattr(stock, seam.method, None)
+    if method is None:
+        raise CompatError(f"SGLang moved {seam.owner}.{seam.method}: it is gone")
+    found = tuple(inspect.signature(method).parameters)[1:]
+    if found != seam.parameters:
+        raise CompatError(
+            f"SGLang moved {seam.owner}.{seam.method}: it takes {found}, not {seam.parameters}"
+        )
+
+
+def check_registrations() -> None:
+    """Check, in a process that is about to build a scheduler, that the plugin did its work.
+
+    Raises:
+        CompatError: naming the first thing that is missing or has moved.
+    """
+    check_version()
+    from sglang.srt.managers import scheduler
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory
+
+    from rksc_sglang.serving.radix_cache import BACKEND, create_cache
+    from rksc_sglang.serving.scheduler import RkscScheduler
+
+    for seam in SEAMS:
+        check_seam(seam)
+    if scheduler.Scheduler is not RkscScheduler:
+        raise CompatError(
+            "SGLang's scheduler was not replaced: the plugin 'rksc' did not run in this process "
+            "(is SGLANG_PLUGINS set without it?)"
+        )
+    if get_radix_cache_factory(BACKEND) is not create_cache:
+        raise CompatError(f"the radix cache backend {BACKEND!r} is not RKSC's")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Check a scheduler after its construction: the classes it picked are RKSC's.
+
+    Raises:
+        CompatError: naming the part that SGLang built by other means.
+    """
+    from rksc_sglang.serving.radix_cache import RkscRadixCache
+    from rksc_sglang.serving.scheduler import RkscOutputStreamer
+
+    if not isinstance(scheduler.output_streamer, RkscOutputStreamer):
+        raise CompatError("SGLang did not use get_output_streamer_class of the scheduler")
+    wants_cache = scheduler.tree_cache.supports_prefix_sharing()
+    if wants_cache and not isinstance(scheduler.tree_cache, RkscRadixCache):
+        raise CompatError(
+            f"the radix cache is {type(scheduler.tree_cache).__name__}, not RkscRadixCache"
+        )

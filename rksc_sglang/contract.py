@@ -1,0 +1,153 @@
+"""The request contract: ``custom_params["rksc"]`` on the way in, ``meta_info["rksc"]`` on the way
+out. Shared by the frontend, which writes it, and the server, which checks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KEY = "rksc"
+SHARES = ("exact", "similar")
+EXITS = ("off", "layer", "paper")
+
+
+class ContractError(ValueError):
+    """The request's ``rksc`` object is malformed; the message names the key."""
+
+
+def _fail(key: str, expected: str, got: Any) -> ContractError:
+    return ContractError(f"custom_params.{KEY}{key}: expected {expected}, got {got!r}")
+
+
+def _check_keys(raw: Any, cls: type, key: str) -> None:
+    if not isinstance(raw, Mapping):
+        raise _fail(key, "an object", raw)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in raw:
+        if name not in known:
+            raise ContractError(
+                f"custom_params.{KEY}{key}.{name}: unknown key; known keys: {', '.join(known)}"
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyContract:
+    """The request is a verification that scores ``labels`` as its next token."""
+
+    labels: tuple[str, ...]
+    exit: str = "off"
+    profile: str | None = None
+
+    @classmethod
+    def parse(cls, raw: Any) -> VerifyContract:
+        _check_keys(raw, cls, ".verify")
+        labels = raw.get("labels")
+        if (
+            not isinstance(labels, list | tuple)
+            or len(labels) < 2
+            or not all(isinstance(label, str) and label for label in labels)
+            or len(set(labels)) != len(labels)
+        ):
+            raise _fail(".verify.labels", "at least two different non-empty strings", labels)
+        exit_ = raw.get("exit", "off")
+        if exit_ not in EXITS:
+            raise _fail(".verify.exit", f"one of {', '.join(EXITS)}", exit_)
+        profile = raw.get("profile")
+        if profile is not None and not isinstance(profile, str):
+            raise _fail(".verify.profile", "a string", profile)
+        return cls(labels=tuple(labels), exit=exit_, profile=profile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestContract:
+    """What a request tells RKSC about itself; every key is optional."""
+
+    group: str | None = None
+    branch: int | None = None
+    depth: int | None = None
+    share: str | None = None  # None: the server's default
+    tau: float | None = None
+    verify: VerifyContract | None = None
+
+    @classmethod
+    def parse(cls, raw: Any) -> RequestContract:
+        """Check the value of ``custom_params["rksc"]``.
+
+        Raises:
+            ContractError: unknown key or wrong value, named in the message.
+        """
+        _check_keys(raw, cls, "")
+        given = {name: value for name, value in raw.items() if value is not None}
+        group = given.get("group")
+        if group is not None and (not isinstance(group, str) or not group):
+            raise _fail(".group", "a non-empty string", group)
+        for name in ("branch", "depth"):
+            if name in given and not _is_count(given[name]):
+                raise _fail(f".{name}", "an integer of at least 0", given[name])
+        if "branch" in given and group is None:
+            raise ContractError(f"custom_params.{KEY}.branch: needs {KEY}.group beside it")
+        if "share" in given and given["share"] not in SHARES:
+            raise _fail(".share", f"one of {', '.join(SHARES)}", given["share"])
+        tau = given.get("tau")
+        if tau is not None and (
+            not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 <= tau <= 1
+        ):
+            raise _fail(".tau", "a number from 0 to 1", tau)
+        if "verify" in given:
+            given["verify"] = VerifyContract.parse(given["verify"])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, without the keys that are not set."""
+        raw = dataclasses.asdict(self)
+        if self.verify is not None:
+            raw["verify"] = {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in raw["verify"].items()
+                if value is not None
+            }
+        return {name: value for name, value in raw.items() if value is not None}
+
+
+def contract_of(sampling_params: Any) -> RequestContract | None:
+    """The contract inside a request's sampling parameters (a dict), None when there is none.
+
+    Raises:
+        ContractError: there is one and it is malformed.
+    """
+    if not isinstance(sampling_params, Mapping):
+        return None
+    custom_params = sampling_params.get("custom_params")
+    if not isinstance(custom_params, Mapping) or KEY not in custom_params:
+        return None
+    return RequestContract.parse(custom_params[KEY])
+
+
+@dataclass(kw_only=True)
+class ResponseInfo:
+    """``meta_info["rksc"]``: what this response was computed from.
+
+    Token counts are of the prompt: ``exact_tokens`` came from the exact radix prefix,
+    ``spliced_tokens`` from the same run of tokens behind another context,
+    ``recomputed_tokens`` went through the model.
+    """
+
+    share: str = "exact"
+    exact_tokens: int = 0
+    spliced_tokens: int = 0
+    recomputed_tokens: int = 0
+    similarity: float | None = None
+    exit_layer: int | None = None
+    num_layers: int | None = None
+    merged_into: int | None = None
+    fallback: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,52 @@
+"""A portable CPU platform: SGLang's PyPI wheel on any x86 CPU, torch operators only.
+
+SGLang's own CPU engine needs AMX-era operators that only a source build has. This platform is
+chosen when the machine has no accelerator at all, and steps aside in every other case.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+_CLASS = "rksc_sglang.platform.PortableCpuPlatform"
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees any device that SGLang has a platform of its own for."""
+    return (
+        torch.cuda.is_available()  # CUDA, ROCm, SAIL, MUSA
+        or torch.xpu.is_available()
+        or torch.mps.is_available()
+        or (hasattr(torch, "npu") and torch.npu.is_available())
+        or getattr(torch.version, "musa", None) is not None
+    )
+
+
+def activate() -> str | None:
+    """Entry point of the group ``sglang.srt.platforms``: the class to use, or None to step aside."""
+    if has_accelerator() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":
+        return None
+    return _CLASS
+
+
+class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
+    """CPU device operations of SGLang with the ``forward_native`` form of every fused operator."""
+
+    # OOT, not CPU: SGLang reads CPU as "the AMX operators are there".
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"

@@ -1,0 +1,1 @@
+"""RKSC inside SGLang's server processes: scheduler, tokenizer manager, HTTP routes, metrics."""

@@ -1,0 +1,54 @@
+"""Which of RKSC's features are on for this server and this model, and why the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rksc_sglang.config import RkscConfig
+from rksc_sglang.contract import RequestContract
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One line of the start-up banner: on, or off for ``reason``."""
+
+    name: str
+    on: bool
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: on" if self.on else f"{self.name}: off ({self.reason})"
+
+
+def decide(config: RkscConfig, *, has_radix_cache: bool, has_mamba: bool) -> tuple[Feature, ...]:
+    """Decide at start, from the configuration and what the model's cache can do.
+
+    Args:
+        has_radix_cache: the server's tree cache is RKSC's.
+        has_mamba: the model keeps recurrent state beside its KV.
+    """
+    if not config.root_first:
+        root_first = Feature("root_first", False, "--no-rksc-root-first")
+    elif not has_radix_cache:
+        root_first = Feature("root_first", False, "this server shares no prefixes")
+    elif has_mamba:
+        root_first = Feature("root_first", False, "recurrent state is matched at admission")
+    else:
+        root_first = Feature("root_first", True)
+    return (root_first, _approximate("splice", config), _approximate("layer_exit", config))
+
+
+def _approximate(name: str, config: RkscConfig) -> Feature:
+    reason = "mode exact" if config.mode == "exact" else "not in this version, served exactly"
+    return Feature(name, False, reason)
+
+
+def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) -> str | None:
+    """Why this request is served exactly although it asked for an approximation, or None."""
+    by_name = {feature.name: feature for feature in features}
+    wanted = []
+    if contract.share == "similar":
+        wanted.append(by_name["splice"])
+    if contract.verify is not None and contract.verify.exit != "off":
+        wanted.append(by_name["layer_exit"])
+    return "; ".join(str(feature) for feature in wanted if not feature.on) or None

@@ -1,0 +1,145 @@
+"""HTTP: the ``/rksc/*`` routes, and a thin middleware around SGLang's own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import sglang
+import torch
+import transformers
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sglang.srt.entrypoints.http_server import get_global_state
+
+import rksc_sglang
+from rksc_sglang.contract import KEY, ContractError
+from rksc_sglang.serving.tokenizer_manager import RkscTokenizerManager, response_infos
+
+HEADER = b"x-rksc"
+
+router = APIRouter(prefix="/rksc")
+
+
+def _manager() -> RkscTokenizerManager:
+    return get_global_state().tokenizer_manager
+
+
+@router.get("/status")
+async def status() -> dict[str, Any]:
+    """Versions, model, configuration, what is supported, counters; one entry a data-parallel rank."""
+    manager = _manager()
+    states = await manager.get_internal_state()
+    return {
+        "versions": {
+            "rksc_sglang": rksc_sglang.__version__,
+            "sglang": sglang.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": manager.config_value("served_model_name"),
+        "model_path": manager.config_value("model_path"),
+        "mode": manager.rksc_config.mode,
+        "config": vars(manager.rksc_config),
+        "frontend_counters": manager.rksc_counters.snapshot(),
+        "ranks": [state[KEY] for state in states],
+    }
+
+
+class BranchStates(BaseModel):
+    """Body of ``POST /rksc/branches``: what became of a group's branches.
+
+    ``extra_key`` and ``cache_salt`` name the tenant, as on the requests themselves.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    group: str = Field(min_length=1)
+    states: dict[int, Literal["frontier", "joined", "pruned", "won"]]
+    extra_key: str | None = None
+    cache_salt: str | None = None
+
+
+@router.post("/branches")
+async def branches(body: BranchStates) -> dict[str, Any]:
+    """Take note of a group's life; a pruned branch that is still running is aborted."""
+    pruned = {branch for branch, state in body.states.items() if state == "pruned"}
+    aborted = _manager().abort_branches(
+        body.group, pruned, {"extra_key": body.extra_key, "cache_salt": body.cache_salt}
+    )
+    return {"group": body.group, "aborted": aborted}
+
+
+class RkscMiddleware:
+    """Refuses a malformed contract before a stream starts, and sets the ``x-rksc`` header.
+
+    SGLang begins a stream on ``/generate`` with status 200 and reports errors inside it; its
+    OpenAI routes have no place for ``meta_info`` in most of their responses.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/generate":
+            await self._generate(scope, receive, send)
+        elif scope["path"].startswith("/v1/"):
+            await self._openai(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _generate(self, scope: Any, receive: Any, send: Any) -> None:
+        messages = [await receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        body = b"".join(message.get("body", b"") for message in messages)
+        error = _contract_error(body)
+        if error is not None:
+            await JSONResponse({"error": {"message": error}}, status_code=400)(scope, receive, send)
+            return
+        replay = iter(messages)
+
+        async def replaying_receive() -> Any:
+            return next(replay, None) or await receive()
+
+        await self.app(scope, replaying_receive, send)
+
+    async def _openai(self, scope: Any, receive: Any, send: Any) -> None:
+        infos: dict[str, dict[str, Any]] = {}
+        token = response_infos.set(infos)
+
+        async def send_with_header(message: Any) -> None:
+            if message["type"] == "http.response.start" and infos:
+                values = list(infos.values())
+                value = json.dumps(values[0] if len(values) == 1 else values)
+                message["headers"] = [*message["headers"], (HEADER, value.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_header)
+        finally:
+            response_infos.reset(token)
+
+
+def _contract_error(body: bytes) -> str | None:
+    # Requests without the contract, nearly all of them, pay for one substring search.
+    if f'"{KEY}"'.encode() not in body:
+        return None
+    try:
+        raw = json.loads(body)
+    except ValueError:
+        return None  # SGLang's own parser says what is wrong.
+    try:
+        _manager().check_contracts(raw.get("sampling_params") if isinstance(raw, dict) else None)
+    except ContractError as error:
+        return str(error)
+    return None
+
+
+def install(app: FastAPI) -> None:
+    """Add routes and middleware to SGLang's FastAPI application, before it starts."""
+    app.include_router(router)
+    app.add_middleware(RkscMiddleware)
