@@ -121,3 +121,54 @@ def check_scheduler(scheduler: Any) -> None:
         raise CompatError(
             f"the radix cache is {type(scheduler.tree_cache).__name__}, not RkscRadixCache"
         )
+
+
+# Hooks: private names of SGLang. One, in the frontend.
+
+_EXECUTE = "sglang.lang.interpreter.StreamExecutor._execute"
+
+
+def hook_stream_executor(node_class: type) -> None:
+    """Let SGLang's frontend interpreter run nodes of ``node_class``, by their ``execute`` method.
+
+    The interpreter knows its own node types only, in one chain of type tests.
+
+    Raises:
+        CompatError: the hook did not take effect.
+    """
+    from sglang.lang.interpreter import StreamExecutor
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def execute(original: Any, executor: Any, expr: Any) -> Any:
+        if isinstance(expr, node_class):
+            return expr.execute(executor)
+        return original(executor, expr)
+
+    check_seam(Seam(_EXECUTE.rsplit(".", 1)[0], "_execute", ("other",)))
+    HookRegistry.register(_EXECUTE, execute, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    _check_stream_executor(StreamExecutor, node_class)
+
+
+def _check_stream_executor(executor_class: Any, node_class: Any) -> None:
+    """Send a probe node through a real executor, with no thread and no server."""
+    from sglang.lang.backend.base_backend import BaseBackend
+    from sglang.lang.ir import SglSamplingParams
+
+    class Probe(node_class):
+        reached = False
+
+        def __init__(self) -> None:
+            super().__init__("probe", None)
+
+        def execute(self, executor: Any) -> None:
+            self.reached = True
+
+    probe = Probe()
+    executor = executor_class(
+        BaseBackend(), {}, SglSamplingParams(), None, stream=False, use_thread=False
+    )
+    executor.end = lambda: None  # It has no worker thread to stop.
+    executor.submit(probe)
+    if not probe.reached:
+        raise CompatError(f"SGLang moved {_EXECUTE}: RKSC's nodes do not reach it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from rksc_sglang import config as rksc_config
@@ -23,6 +23,10 @@ CPU_FLAGS = {
     # Without it an idle scheduler burns a whole core.
     "--sleep-on-idle": None,
 }
+
+#: SGLang sizes the KV pool by free memory; on a CPU that is the user's own, and 64 Ki tokens of the
+#: embedded model are 3 GB.
+EMBEDDED_FLAGS = {"--max-total-tokens": "65536"}
 
 #: SGLang's fields that select a process layout or a cache that RKSC is not in, and why.
 UNSUPPORTED_FIELDS = {
@@ -78,11 +82,11 @@ def split_flags(argv: Sequence[str]) -> tuple[RkscConfig, list[str]]:
     return rksc_config.from_flags(namespace), rest
 
 
-def with_cpu_flags(argv: Sequence[str]) -> list[str]:
-    """Add :data:`CPU_FLAGS` where the user gave none of these flags."""
+def with_defaults(argv: Sequence[str], defaults: Mapping[str, str | None]) -> list[str]:
+    """Add each default flag (value None: a switch) where the user did not give that flag."""
     given = {arg.split("=")[0] for arg in argv}
     result = list(argv)
-    for name, value in CPU_FLAGS.items():
+    for name, value in defaults.items():
         if name not in given:
             result += [name] if value is None else [name, value]
     return result
@@ -136,17 +140,18 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     compat.check_version()
     load_plugins()
     if not has_accelerator():
-        rest = with_cpu_flags(rest)
+        rest = with_defaults(rest, CPU_FLAGS)
     if not any(arg.split("=")[0] in ("--model-path", "--model", "--config") for arg in rest):
         from rksc_sglang.models.smollm2 import ensure_smollm2
 
-        rest += ["--model-path", str(ensure_smollm2()), "--served-model-name", config.model]
+        rest += ["--model-path", str(ensure_smollm2())]
+        rest = with_defaults(rest, {"--served-model-name": config.model, **EMBEDDED_FLAGS})
 
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils.network import is_port_available
 
-    if config.enabled and not any(arg.startswith("--radix-cache-backend") for arg in rest):
-        rest += ["--radix-cache-backend", "rksc"]
+    if config.enabled:
+        rest = with_defaults(rest, {"--radix-cache-backend": "rksc"})
     server_args = prepare_server_args(rest)
     if config.enabled:
         check_supported(server_args)

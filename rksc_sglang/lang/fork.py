@@ -1,0 +1,127 @@
+"""``rksc.fork``: branches of one program state that the server knows as a group."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from sglang.lang.interpreter import ProgramState, ProgramStateGroup
+from sglang.lang.tracer import TracerProgramState
+
+from rksc_sglang.contract import SHARES, RequestContract
+from rksc_sglang.lang.sampling import BranchSamplingParams, contract_of_executor
+from rksc_sglang.lang.server import server_of
+
+
+class BranchGroup(ProgramStateGroup):
+    """Sibling branches: SGLang's state group, iterable, with an identity on the server.
+
+    ``group`` is the id that travels in the request contract, ``depth`` counts nested forks
+    from 0, ``ids`` are ``(group, branch)`` pairs, ``stopped`` the branches stopped so far.
+    """
+
+    def __init__(
+        self, states: list[ProgramState], source: ProgramState, group: str, depth: int
+    ) -> None:
+        super().__init__(states, source)
+        self.group = group
+        self.depth = depth
+        self.stopped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __iter__(self) -> Iterator[ProgramState]:
+        return iter(self.states)
+
+    @property
+    def ids(self) -> list[tuple[str, int]]:
+        return [(self.group, branch) for branch in range(len(self))]
+
+    def stop(self, branches: Iterable[int] | None = None) -> list[int]:
+        """Stop branches, all of them by default: what they are generating ends where it is.
+
+        A server without RKSC lets them finish; they count as stopped all the same, and
+        ``rksc.verify`` skips them.
+
+        Returns:
+            The branches that were generating and have been aborted.
+
+        Raises:
+            IndexError: there is no such branch.
+        """
+        chosen = set(range(len(self)) if branches is None else branches)
+        unknown = [branch for branch in chosen if not 0 <= branch < len(self)]
+        if unknown:
+            raise IndexError(f"no branch {unknown[0]} in a group of {len(self)}")
+        self.stopped |= chosen
+        return self.report(dict.fromkeys(sorted(chosen), "pruned"))
+
+    def join(self, mode: str = "gather_variable") -> None:
+        """As in SGLang: wait for all branches, gather their variables into the source state."""
+        if isinstance(self.src_state, TracerProgramState):
+            return  # Nothing ran, so there is nothing to gather.
+        super().join(mode)
+        self.report({b: "joined" for b in range(len(self)) if b not in self.stopped})
+
+    def report(self, states: dict[int, str]) -> list[int]:
+        """Tell the server what became of branches; returns those that it aborted."""
+        if isinstance(self.src_state, TracerProgramState):
+            return []
+        server = server_of(self.src_state.stream_executor.backend)
+        return server.report_states(self.group, states) if server is not None else []
+
+
+def fork(
+    s: ProgramState,
+    n: int,
+    *,
+    hints: Sequence[Any] | None = None,
+    share: str | None = None,
+    confidence: bool = True,
+) -> BranchGroup:
+    """Fork a program state into ``n`` branches over its shared prefix.
+
+    The prefix is computed once, before any branch starts.
+
+    Args:
+        s: state of an ``@sgl.function`` program.
+        n: number of branches, at least 1.
+        hints: appended to the branches, one each: text, or any expression of the language.
+        share: "exact", or "similar" to let the server share KV of equal text behind different
+            prefixes; None leaves it to the server.
+        confidence: have the server return the top probability of each generated token, which
+            ``rksc.verify`` reports and uses to break ties.
+
+    Raises:
+        ValueError: a wrong argument, named.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
+    if hints is not None and (isinstance(hints, str) or len(hints) != n):
+        raise ValueError(f"hints: expected {n} of them, one a branch, got {hints!r}")
+    if share is not None and share not in SHARES:
+        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
+
+    if not isinstance(s, TracerProgramState):
+        # SGLang commits the prefix when the state has text, which its own thread may not have
+        # written yet.
+        s.sync()
+    states = s.fork(n).states
+    group, depth = uuid.uuid4().hex, 0
+    if not isinstance(s, TracerProgramState):
+        parent = contract_of_executor(s.stream_executor)
+        if parent is not None and parent.depth is not None:
+            depth = parent.depth + 1
+        for branch, state in enumerate(states):
+            executor = state.stream_executor
+            executor.default_sampling_para = BranchSamplingParams.of_branch(
+                executor.default_sampling_para,
+                RequestContract(group=group, branch=branch, depth=depth, share=share),
+                confidence=confidence,
+            )
+    branches = BranchGroup(states, s, group, depth)
+    if hints is not None:
+        branches += list(hints)
+    return branches

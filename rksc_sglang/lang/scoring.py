@@ -1,0 +1,193 @@
+"""Scoring labels as the continuation of a branch: one short prefill behind its cached KV."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sglang.lang.interpreter import StreamExecutor
+
+from rksc_sglang.contract import KEY, RequestContract, VerifyContract
+from rksc_sglang.lang.sampling import contract_of_executor
+from rksc_sglang.lang.server import Server, server_of
+
+
+class VerifyError(ValueError):
+    """A verification cannot be asked as given: its labels, its question, or its backend."""
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Outcome of scoring one branch.
+
+    ``probabilities`` are over the labels alone (they sum to 1), in the order of the labels;
+    ``logprobs`` are the model's natural-log probabilities over its whole vocabulary.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    rksc: dict[str, Any] | None
+
+    @property
+    def best(self) -> str:
+        return max(zip(self.probabilities, self.labels), key=lambda pair: pair[0])[1]
+
+
+#: What labels=None stands for: the first spelling whose labels are single tokens of the model.
+YES_NO = (("YES", "NO"), ("Yes", "No"), ("yes", "no"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask about a branch; ``text`` and ``labels`` None stand for a plain yes or no."""
+
+    text: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The question's text and labels, in each form that may be tried."""
+        for labels in YES_NO if self.labels is None else (self.labels,):
+            answers = " or ".join(labels)
+            yield self.text or f"Is the answer above correct? Reply with {answers}.", labels
+
+
+def make_question(text: str | None, labels: Sequence[str] | None) -> Question:
+    """Check what a program asks, before any server sees it.
+
+    Raises:
+        VerifyError: naming the argument that is wrong.
+    """
+    if text is not None and (not isinstance(text, str) or not text.strip()):
+        raise VerifyError(f"question: expected some text, got {text!r}")
+    if labels is None:
+        return Question(text)
+    if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
+        raise VerifyError(f"labels: expected a list of non-empty strings, got {labels!r}")
+    if len(labels) < 2 or len(set(labels)) != len(labels):
+        raise VerifyError(f"labels: expected at least two different ones, got {list(labels)}")
+    return Question(text, tuple(labels))
+
+
+def question_text(executor: StreamExecutor, question: str) -> str:
+    """What follows the branch's own text so that its next token is the verdict.
+
+    In a chat program a user turn with the question, and the opening of the assistant's; in a plain
+    text program the question on a line of its own.
+    """
+    template, messages = executor.chat_template, executor.messages_
+    if executor.cur_role is None and not messages:
+        return f"\n{question}\nAnswer:"
+    text = ""
+    if executor.cur_role is not None:
+        text = template.get_prefix_and_suffix(executor.cur_role, messages)[1]
+        messages = [*messages, {"role": executor.cur_role, "content": ""}]
+    prefix, suffix = template.get_prefix_and_suffix("user", messages)
+    messages = [*messages, {"role": "user", "content": question}]
+    opening, _ = template.get_prefix_and_suffix("assistant", messages)
+    return f"{text}{prefix}{question}{suffix}{opening}"
+
+
+_label_caches: weakref.WeakKeyDictionary[Server, Any] = weakref.WeakKeyDictionary()
+
+
+def label_tokens(server: Server, context: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+    """The token that each label is when it follows ``context``, looked up once a server.
+
+    A label is written behind a space unless the context ends in whitespace.
+
+    Raises:
+        VerifyError: a label is not one token there, or two labels are the same one.
+    """
+    lookup = _label_caches.get(server)
+    if lookup is None:
+        reference = weakref.ref(server)
+        lookup = functools.lru_cache(maxsize=256)(
+            lambda context, labels: _look_up(reference(), context, labels)
+        )
+        _label_caches[server] = lookup
+    return lookup(context, labels)
+
+
+def _look_up(server: Any, context: str, labels: tuple[str, ...]) -> tuple[int, ...]:
+    space = "" if context[-1].isspace() else " "
+    base, *continued = server.tokenize([context, *(context + space + label for label in labels)])
+    found: dict[int, str] = {}
+    for label, tokens in zip(labels, continued):
+        own = tokens[len(base) :]
+        if tokens[: len(base)] != base:
+            raise VerifyError(
+                f"label {label!r}: it merges with the end of the question {context[-20:]!r}"
+            )
+        if len(own) != 1:
+            raise VerifyError(
+                f"label {label!r}: it is {len(own)} tokens of this model behind "
+                f"{context[-20:]!r}, and must be one"
+            )
+        if own[0] in found:
+            raise VerifyError(f"labels {found[own[0]]!r} and {label!r} are the same token")
+        found[own[0]] = label
+    return tuple(found)
+
+
+def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
+    """The prompt's end, the labels and their tokens, in the first spelling that fits the model."""
+    misfit: VerifyError | None = None
+    for text, labels in question.spellings():
+        suffix = question_text(executor, text)
+        try:
+            return suffix, labels, label_tokens(server, suffix, labels)
+        except VerifyError as error:
+            misfit = misfit or error
+    assert misfit is not None
+    raise misfit
+
+
+def score(executor: StreamExecutor, question: Question) -> LabelScores:
+    """Ask ``question`` behind the executor's text and read the labels' probabilities.
+
+    The executor's own text stays as it is. Exact: one forward pass over the new tokens.
+
+    Raises:
+        VerifyError: the labels do not fit, or the backend is no SGLang server.
+        ServerError: the server refused.
+    """
+    server = server_of(executor.backend)
+    if server is None:
+        raise VerifyError(
+            f"verification needs an SGLang server, not {type(executor.backend).__name__}"
+        )
+    suffix, labels, tokens = _fit(executor, server, question)
+    contract = contract_of_executor(executor) or RequestContract()
+    contract = replace(contract, verify=VerifyContract(labels=labels))
+    answer = server.post(
+        "/generate",
+        {
+            "text": executor.text_ + suffix,
+            "sampling_params": {
+                "max_new_tokens": 1,
+                "temperature": 0,
+                "custom_params": {KEY: contract.to_dict()},
+            },
+            "return_logprob": True,
+            "token_ids_logprob": list(tokens),
+        },
+    )
+    meta = answer["meta_info"]
+    by_token = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
+    logprobs = tuple(by_token[token] for token in tokens)
+    weights = [math.exp(value - max(logprobs)) for value in logprobs]
+    return LabelScores(
+        labels=labels,
+        probabilities=tuple(weight / sum(weights) for weight in weights),
+        logprobs=logprobs,
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
+        rksc=meta.get(KEY),
+    )

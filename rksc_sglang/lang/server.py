@@ -1,0 +1,88 @@
+"""The server behind a frontend backend, as far as RKSC needs it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from sglang.lang.backend.base_backend import BaseBackend
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.utils import http_request
+
+
+class ServerError(RuntimeError):
+    """The server refused a request of RKSC's frontend."""
+
+
+class Server:
+    """HTTP calls to one SGLang server; remembers whether RKSC is on there."""
+
+    def __init__(self, endpoint: RuntimeEndpoint) -> None:
+        # Weak: Server objects are values of a dictionary that is keyed by the endpoint.
+        self._endpoint = weakref.proxy(endpoint)
+        self._lock = threading.Lock()
+        self._has_rksc: bool | None = None
+
+    def has_rksc(self) -> bool:
+        """Whether RKSC is on there; warns once for a server where it is not."""
+        with self._lock:
+            if self._has_rksc is None:
+                self._has_rksc = self._get("/rksc/status").status_code == 200
+                if not self._has_rksc:
+                    warnings.warn(
+                        f"{self._endpoint.base_url} runs SGLang without RKSC: programs work as "
+                        "on plain SGLang, running branches cannot be stopped early",
+                        stacklevel=2,
+                    )
+            return self._has_rksc
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Send JSON, return the answer's JSON.
+
+        Raises:
+            ServerError: the answer was no success; the message is the server's.
+        """
+        endpoint = self._endpoint
+        answer = http_request(
+            endpoint.base_url + path,
+            json=dict(body),
+            api_key=endpoint.api_key,
+            verify=endpoint.verify,
+        )
+        if answer.status_code != 200:
+            raise ServerError(f"POST {path} answered {answer.status_code}: {answer.text}")
+        return answer.json()
+
+    def tokenize(self, prompts: list[str]) -> list[list[int]]:
+        """Token ids of each prompt, without special tokens added around it."""
+        answer = self.post("/tokenize", {"prompt": prompts, "add_special_tokens": False})
+        return answer["tokens"]
+
+    def report_states(self, group: str, states: Mapping[int, str]) -> list[int]:
+        """Tell the server what became of a group's branches; returns those it aborted."""
+        if not states or not self.has_rksc():
+            return []
+        return self.post("/rksc/branches", {"group": group, "states": states})["aborted"]
+
+    def _get(self, path: str) -> Any:
+        endpoint = self._endpoint
+        return http_request(
+            endpoint.base_url + path, api_key=endpoint.api_key, verify=endpoint.verify
+        )
+
+
+_servers: weakref.WeakKeyDictionary[RuntimeEndpoint, Server] = weakref.WeakKeyDictionary()
+_servers_lock = threading.Lock()
+
+
+def server_of(backend: BaseBackend) -> Server | None:
+    """The server behind ``backend``, None for backends of other APIs (OpenAI, Anthropic, ...)."""
+    if not isinstance(backend, RuntimeEndpoint):
+        return None
+    with _servers_lock:
+        if backend not in _servers:
+            _servers[backend] = Server(backend)
+        return _servers[backend]

@@ -1,0 +1,141 @@
+"""``rksc.verify``: which of the branches is right, by asking the model about each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.lang.interpreter import ProgramState, ProgramStateGroup
+from sglang.lang.tracer import TracerProgramState
+
+from rksc_sglang.lang.fork import BranchGroup
+from rksc_sglang.lang.node import SglVerdict
+from rksc_sglang.lang.scoring import LabelScores, Question, VerifyError, make_question, score
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a verification; lists have one entry a branch.
+
+    Attributes:
+        winner: the branch with the highest score, None when none was verified.
+        labels: as they were scored; the first one is the one that counts for a branch.
+        scores: probability of the first label among the labels; None where skipped.
+        verdicts: the more probable label; None where skipped.
+        confidences: mean top-1 probability of the branch's generated tokens, up to its end;
+            None where the branch has no log-probabilities.
+        skipped: branch -> why it was not verified.
+        prompt_tokens: of all verification prompts together.
+        computed_tokens: of those, the ones that were not in the KV cache.
+        seconds: wall-clock time of the whole call, waiting for unfinished branches included.
+    """
+
+    winner: int | None
+    labels: tuple[str, ...]
+    scores: list[float | None]
+    verdicts: list[str | None]
+    confidences: list[float | None]
+    skipped: dict[int, str] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0
+
+
+def verify(
+    branches: ProgramStateGroup | Sequence[ProgramState],
+    var: str,
+    *,
+    question: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Verdict:
+    """Ask the model about each branch and pick a winner.
+
+    Exact: each question continues its branch's own cached KV, so it costs its own few tokens. A
+    branch is asked as soon as it has finished, while others still generate.
+
+    Args:
+        branches: from ``rksc.fork``, or any states of programs on one SGLang server.
+        var: the variable that holds the branch's answer; a branch that did not set it is skipped.
+        question: what to ask behind the branch's text; None asks whether the answer is correct.
+        labels: possible answers, the good one first, each one token of the model in that place;
+            None stands for YES and NO, or Yes and No, or yes and no, whichever are.
+
+    Raises:
+        VerifyError: no branches, or labels that collide or do not fit, by name.
+    """
+    start = time.perf_counter()
+    asked_for = make_question(question, labels)
+    states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
+    if not states:
+        raise VerifyError("branches: expected at least one")
+    if isinstance(states[0], TracerProgramState):
+        return _trace(states, var, asked_for)
+
+    stopped = branches.stopped if isinstance(branches, BranchGroup) else set()
+
+    def ask(branch: int) -> LabelScores | str:
+        """Scores, or the reason to skip the branch."""
+        state = states[branch]
+        if branch in stopped:
+            return "stopped"
+        state.sync()
+        if state.error() is not None:
+            return f"failed: {state.error()}"
+        if var not in state:
+            return f"no variable {var!r}"
+        return score(state.stream_executor, asked_for)
+
+    with ThreadPoolExecutor(len(states)) as pool:
+        outcomes = list(pool.map(ask, range(len(states))))
+
+    asked = {b: o for b, o in enumerate(outcomes) if isinstance(o, LabelScores)}
+    scores = [asked[b].probabilities[0] if b in asked else None for b in range(len(states))]
+    confidences = [
+        None if b in stopped else _confidence(state, var) for b, state in enumerate(states)
+    ]
+    winner = max(
+        asked,
+        key=lambda b: (asked[b].probabilities[0], confidences[b] or 0.0, -b),
+        default=None,
+    )
+    if winner is not None and isinstance(branches, BranchGroup):
+        branches.report({winner: "won"})
+    return Verdict(
+        winner=winner,
+        labels=asked[winner].labels if winner is not None else asked_for.labels or (),
+        scores=scores,
+        verdicts=[asked[b].best if b in asked else None for b in range(len(states))],
+        confidences=confidences,
+        skipped={b: o for b, o in enumerate(outcomes) if isinstance(o, str)},
+        prompt_tokens=sum(o.prompt_tokens for o in asked.values()),
+        computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _confidence(state: ProgramState, var: str) -> float | None:
+    meta: Any = state.stream_executor.meta_info.get(var)
+    if not isinstance(meta, dict) or not meta.get("output_top_logprobs"):
+        return None
+    top = [max(entry[0] for entry in token) for token in meta["output_top_logprobs"] if token]
+    return sum(math.exp(logprob) for logprob in top) / len(top) if top else None
+
+
+def _trace(states: list[ProgramState], var: str, question: Question) -> Verdict:
+    """Under tracing nothing runs: one node a branch, and branch 0 stands for the winner."""
+    for state in states:
+        state += SglVerdict(f"{var}_verdict", question)
+    nothing: list[Any] = [None] * len(states)
+    reason = "traced, not run"
+    return Verdict(
+        0,
+        question.labels or (),
+        nothing,
+        nothing,
+        nothing,
+        dict.fromkeys(range(len(states)), reason),
+    )
