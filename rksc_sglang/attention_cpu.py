@@ -58,6 +58,7 @@ class RkscCpuAttnBackend(AttentionBackend):
             and self.token_to_kv_pool.swa_layer_nums > 0
         )
         self.swa_out_cache_loc: torch.Tensor | None = None
+        self.scratch: dict[tuple, torch.Tensor] = {}
         self.requests: list[torch.Tensor] = []
         self.new: list[int] = []
         # One per kind of layer: (reads the sliding-window pool, window, causal).
@@ -104,6 +105,7 @@ class RkscCpuAttnBackend(AttentionBackend):
             plan,
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
+            scratch=self.scratch,
         )
         return out.view(plan.num_rows, -1)
 

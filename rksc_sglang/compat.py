@@ -128,7 +128,7 @@ def check_scheduler(scheduler: Any) -> None:
 _EXECUTE = "sglang.lang.interpreter.StreamExecutor._execute"
 
 
-def hook_stream_executor(node_class: type) -> None:
+def hook_stream_executor(node_class: Any) -> None:
     """Let SGLang's frontend interpreter run nodes of ``node_class``, by their ``execute`` method.
 
     The interpreter knows its own node types only, in one chain of type tests.

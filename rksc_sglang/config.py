@@ -125,12 +125,8 @@ def from_flags(namespace: argparse.Namespace) -> RkscConfig:
     values: dict[str, Any] = {}
     for f in dataclasses.fields(RkscConfig):
         value = getattr(namespace, f"rksc_{f.name}", f.default)
-        if isinstance(value, str) and not isinstance(f.default, str):
-            try:
-                value = type(f.default)(value)
-            except ValueError:
-                raise ConfigError(
-                    f"{flag(f.name)}: expected {type(f.default).__name__}, got {value!r}"
-                ) from None
+        if isinstance(value, str) and isinstance(f.default, int):
+            # What is no number stays a string, which __post_init__ refuses.
+            value = int(value) if value.lstrip("-").isdigit() else value
         values[f.name] = value
     return RkscConfig(**values)

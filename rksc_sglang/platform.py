@@ -28,7 +28,7 @@ def has_accelerator() -> bool:
 
 
 def activate() -> str | None:
-    """Entry point of the group ``sglang.srt.platforms``: the class to use, or None to step aside."""
+    """Entry point of the group ``sglang.srt.platforms``: a class name, or None to step aside."""
     if has_accelerator() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return _CLASS

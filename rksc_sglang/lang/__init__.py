@@ -1,10 +1,10 @@
 """The frontend: ``fork``, ``verify`` and ``gen_verdict`` for SGLang's frontend language."""
 
 from rksc_sglang import compat
-from rksc_sglang.lang.fork import BranchGroup, fork
+from rksc_sglang.lang.branches import BranchGroup, fork
 from rksc_sglang.lang.node import SglVerdict, gen_verdict
 from rksc_sglang.lang.scoring import VerifyError
-from rksc_sglang.lang.verify import Verdict, verify
+from rksc_sglang.lang.verdict import Verdict, verify
 
 __all__ = ["BranchGroup", "Verdict", "VerifyError", "fork", "gen_verdict", "verify"]
 

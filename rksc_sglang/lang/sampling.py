@@ -41,8 +41,3 @@ class BranchSamplingParams(SglSamplingParams):
             params.return_logprob = True
             params.top_logprobs_num = params.top_logprobs_num or 1
         return params
-
-
-def contract_of_executor(executor: Any) -> RequestContract | None:
-    """The contract that this executor's requests carry, None outside of ``rksc.fork``."""
-    return getattr(executor.default_sampling_para, "contract", None)

@@ -12,7 +12,7 @@ from typing import Any
 from sglang.lang.interpreter import StreamExecutor
 
 from rksc_sglang.contract import KEY, RequestContract, VerifyContract
-from rksc_sglang.lang.sampling import contract_of_executor
+from rksc_sglang.lang.executor import contract_of_executor
 from rksc_sglang.lang.server import Server, server_of
 
 

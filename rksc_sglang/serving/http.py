@@ -28,7 +28,7 @@ def _manager() -> RkscTokenizerManager:
 
 @router.get("/status")
 async def status() -> dict[str, Any]:
-    """Versions, model, configuration, what is supported, counters; one entry a data-parallel rank."""
+    """Versions, model, configuration, features, counters; one entry a data-parallel rank."""
     manager = _manager()
     states = await manager.get_internal_state()
     return {

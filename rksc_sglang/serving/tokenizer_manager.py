@@ -1,4 +1,4 @@
-"""The tokenizer process: checks the contract on the way in, unwraps ``meta_info`` on the way out."""
+"""The tokenizer process: checks the contract on the way in, unwraps it on the way out."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from typing import Any
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
-from rksc_sglang.lang.fork import BranchGroup
+from rksc_sglang.lang.executor import settle
+from rksc_sglang.lang.branches import BranchGroup
 from rksc_sglang.lang.node import SglVerdict
 from rksc_sglang.lang.scoring import LabelScores, Question, VerifyError, make_question, score
 
@@ -82,9 +83,9 @@ def verify(
         state = states[branch]
         if branch in stopped:
             return "stopped"
-        state.sync()
-        if state.error() is not None:
-            return f"failed: {state.error()}"
+        error = settle(state)
+        if error is not None:
+            return f"failed: {error}"
         if var not in state:
             return f"no variable {var!r}"
         return score(state.stream_executor, asked_for)
@@ -94,9 +95,7 @@ def verify(
 
     asked = {b: o for b, o in enumerate(outcomes) if isinstance(o, LabelScores)}
     scores = [asked[b].probabilities[0] if b in asked else None for b in range(len(states))]
-    confidences = [
-        None if b in stopped else _confidence(state, var) for b, state in enumerate(states)
-    ]
+    confidences = [_confidence(state, var) for state in states]
     winner = max(
         asked,
         key=lambda b: (asked[b].probabilities[0], confidences[b] or 0.0, -b),

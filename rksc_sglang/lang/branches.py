@@ -10,7 +10,8 @@ from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
 from rksc_sglang.contract import SHARES, RequestContract
-from rksc_sglang.lang.sampling import BranchSamplingParams, contract_of_executor
+from rksc_sglang.lang.executor import contract_of_executor, settle
+from rksc_sglang.lang.sampling import BranchSamplingParams
 from rksc_sglang.lang.server import server_of
 
 
@@ -34,6 +35,10 @@ class BranchGroup(ProgramStateGroup):
 
     def __iter__(self) -> Iterator[ProgramState]:
         return iter(self.states)
+
+    def __iadd__(self, other: Any) -> BranchGroup:
+        """Append to each branch: one expression or text for all, a list, or a function of i."""
+        return super().__iadd__([other] * len(self) if isinstance(other, str) else other)
 
     @property
     def ids(self) -> list[tuple[str, int]]:
@@ -59,9 +64,17 @@ class BranchGroup(ProgramStateGroup):
         return self.report(dict.fromkeys(sorted(chosen), "pruned"))
 
     def join(self, mode: str = "gather_variable") -> None:
-        """As in SGLang: wait for all branches, gather their variables into the source state."""
+        """As in SGLang: wait for all branches, gather their variables into the source state.
+
+        Raises:
+            RuntimeError: a branch failed; the message says which and why.
+        """
         if isinstance(self.src_state, TracerProgramState):
             return  # Nothing ran, so there is nothing to gather.
+        for branch, state in enumerate(self.states):
+            error = settle(state)
+            if error is not None:
+                raise RuntimeError(f"branch {branch} failed: {error}") from error
         super().join(mode)
         self.report({b: "joined" for b in range(len(self)) if b not in self.stopped})
 
@@ -96,6 +109,7 @@ def fork(
 
     Raises:
         ValueError: a wrong argument, named.
+        RuntimeError: the program has failed before it came here.
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
@@ -107,7 +121,9 @@ def fork(
     if not isinstance(s, TracerProgramState):
         # SGLang commits the prefix when the state has text, which its own thread may not have
         # written yet.
-        s.sync()
+        error = settle(s)
+        if error is not None:
+            raise RuntimeError(f"the program failed before the fork: {error}") from error
     states = s.fork(n).states
     group, depth = uuid.uuid4().hex, 0
     if not isinstance(s, TracerProgramState):
