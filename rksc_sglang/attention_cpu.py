@@ -96,18 +96,17 @@ class RkscCpuAttnBackend(AttentionBackend):
         if save_kv_cache and k is not None and v is not None:
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
-        plan = self._plan(layer)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = prefix_attention(
             q,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            plan,
+            self._plan(layer),
             scale=layer.scaling,
             logit_cap=layer.logit_cap,
             scratch=self.scratch,
         )
-        return out.view(plan.num_rows, -1)
+        return out.view(out.shape[0], -1)
 
     # A decoding request is one with a single new token; the plan knows.
     forward_decode = forward_extend

@@ -51,6 +51,7 @@ SEAMS = (
     Seam(_CACHE, "match_prefix", ("params",)),
     Seam(_CACHE, "insert", ("params",)),
     Seam(_CACHE, "evict", ("params",)),
+    Seam(_CACHE, "evict_for_alloc", ("params", "allocation_reclaim_satisfied")),
 )
 
 

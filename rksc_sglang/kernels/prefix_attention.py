@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-# Reads of a KV slot that sharing must save before it pays for one more part.
-SHARE_MIN = 64
-# Consecutive slots that one request reads in place rather than in the batch's gathered copy.
-RUN_MIN = 128
+# KV reads that a shared part must save before it pays for itself and for the merge.
+SHARE_MIN = 256
+# Slots copied at a time: what was copied is still in the processor's cache when it is read.
+GATHER_MAX = 2048
 # Query rows per part where a sliding window cuts: bounds the mask, and the slots read in vain.
 WINDOW_ROWS = 512
 
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     """What :func:`prefix_attention` does in each layer of one forward pass."""
 
     parts: list[Part]
-    num_rows: int
+    num_partials: int  # rows of all parts
     order: Tensor | None  # [num_rows, k]: each row's places among the parts' rows, if not trivial
     bias: Tensor | None  # [num_rows, k, 1] float32: -inf where a row has fewer than k parts
 
@@ -89,15 +90,13 @@ def plan_attention(
         for i in group:
             read[i] = stop
 
-    single: dict[int, list[tuple[slice, Tensor]]] = {}
+    buckets: dict[int, list[int]] = {}
     for i, (slots, n) in enumerate(zip(requests, new)):
         if n == 1:
-            start = len(slots) - 1 - window if window is not None and cut[i] else read[i]
-            runs, rest = _runs(slots[start:])
-            parts += [Part(spans[i], run) for run in runs]
-            if len(rest):
-                # Equal bit lengths: padding at most doubles a row.
-                single.setdefault(max(len(rest), 64).bit_length(), []).append((spans[i], rest))
+            if window is not None and cut[i]:
+                read[i] = len(slots) - 1 - window
+            # Equal bit lengths: padding at most doubles a row.
+            buckets.setdefault(max(len(slots) - read[i], 64).bit_length(), []).append(i)
         elif not causal:
             parts += _full(spans[i], slots)
         elif window is not None and cut[i]:
@@ -106,10 +105,13 @@ def plan_attention(
             cached = len(slots) - n
             parts += _full(spans[i], slots[read[i] : cached])
             parts.append(Part(spans[i], _as_slots(slots[cached:]), diagonal=True))
-    parts += [_padded(bucket) for bucket in single.values()]
+    for bucket in buckets.values():
+        size = max(1, GATHER_MAX // max(len(requests[i]) - read[i] for i in bucket))
+        for j in range(0, len(bucket), size):
+            batch = bucket[j : j + size]
+            parts += _own(_join(spans, batch), [requests[i][read[i] :] for i in batch])
 
-    order, bias = _merge_order(parts, ends[-1] if ends else 0)
-    return _to(Plan(parts, ends[-1] if ends else 0, order, bias), device)
+    return _to(_merged(parts, ends[-1] if ends else 0), device)
 
 
 def prefix_attention(
@@ -120,6 +122,7 @@ def prefix_attention(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    scratch: dict[tuple, Tensor] | None = None,
 ) -> Tensor:
     """Attention of new tokens over their requests' cached KV, themselves included.
 
@@ -131,25 +134,35 @@ def prefix_attention(
         plan: of :func:`plan_attention`, on the same device.
         scale: factor of the scores.
         logit_cap: scores become ``logit_cap * tanh(score / logit_cap)``; 0 for none.
+        scratch: keeps the memory that slots are copied to from one call to the next; starts
+            empty. Fresh memory costs page faults in every layer.
 
     Returns:
         [num_rows, num_heads, v_head_dim] in the dtype of ``q``; softmax and merge are float32.
     """
-    done = [_attend(q, k_cache, v_cache, part, scale, logit_cap) for part in plan.parts]
-    if not done:
-        return q.new_empty(0, q.shape[1], v_cache.shape[2])
-    if len(done) == 1:
-        return done[0][0].to(q.dtype)
-    out = torch.cat([o for o, _ in done])
+    scratch = {} if scratch is None else scratch
+    merge = plan.order is not None and plan.order.shape[1] > 1
+    shape = (plan.num_partials, q.shape[1])
+    out = q.new_empty(*shape, v_cache.shape[2], dtype=torch.float32 if merge else q.dtype)
+    lse = q.new_empty(shape, dtype=torch.float32)
+    start = 0
+    for part in plan.parts:
+        rows = q[part.rows]
+        stop = start + len(rows)
+        k = _read(k_cache, part.slots, scratch, "k").to(q.dtype)
+        v = _read(v_cache, part.slots, scratch, "v").to(q.dtype)
+        _attend(out[start:stop], lse[start:stop], rows, k, v, part, scale, logit_cap)
+        start = stop
     if plan.order is None:
-        return out.to(q.dtype)
-    if plan.order.shape[1] == 1:
-        return out[plan.order[:, 0]].to(q.dtype)
-    weight = torch.cat([lse for _, lse in done])[plan.order]  # [num_rows, k, num_heads]
+        return out
+    places = plan.order.flatten()
+    out = out.index_select(0, places).unflatten(0, plan.order.shape)  # [rows, k, heads, dim]
+    if not merge:
+        return out.squeeze(1)
+    lse = lse.index_select(0, places).unflatten(0, plan.order.shape)
     if plan.bias is not None:
-        weight += plan.bias
-    weight = torch.softmax(weight, 1).unsqueeze(-1)
-    return (out[plan.order] * weight).sum(1).to(q.dtype)
+        lse += plan.bias
+    return out.mul_(torch.softmax(lse, 1).unsqueeze(-1)).sum(1).to(q.dtype)
 
 
 def reference_attention(
@@ -184,35 +197,42 @@ def reference_attention(
     return torch.cat(outs)
 
 
+def _read(
+    cache: Tensor, slots: slice | Tensor, scratch: dict[tuple, Tensor], name: str
+) -> Tensor:
+    """The rows of ``cache`` at ``slots``: in place if consecutive, else copied to ``scratch``."""
+    if isinstance(slots, slice):
+        return cache[slots]
+    key = (name, cache.dtype, cache.device, cache.shape[1:])
+    if key not in scratch or len(scratch[key]) < len(slots):
+        scratch[key] = cache.new_empty(max(len(slots), GATHER_MAX), *cache.shape[1:])
+    return torch.index_select(cache, 0, slots, out=scratch[key][: len(slots)])
+
+
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, part: Part, scale: float, cap: float
-) -> tuple[Tensor, Tensor]:
-    """One part: outputs [n, num_heads, v_head_dim] and log-sum-exps [n, num_heads], float32."""
-    q = q[part.rows]
-    k, v = (
-        (c[part.slots] if isinstance(part.slots, slice) else c.index_select(0, part.slots)).to(
-            q.dtype
-        )
-        for c in (k_cache, v_cache)
-    )
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float, cap: float
+) -> None:
+    """One part: fills ``out`` [n, num_heads, v_head_dim] and ``lse`` [n, num_heads]."""
     n, heads, dim = q.shape
-    kv_heads = k.shape[1]
+    slots, kv_heads, v_dim = v.shape
     group = heads // kv_heads
     if part.diagonal:
         # Broadcast, not copied: a KV head's query heads read the same strides.
         q = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3)
-        k, v = (c.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for c in (k, v))
-        out, lse = _partial(q, k, v, part.mask, part.mask is None, scale, cap)
-        out, lse = out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+        k, v = (x.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+        o, s = _partial(q, k, v, part.mask, part.mask is None, scale, cap)
+        out.view(n, kv_heads, group, v_dim).copy_(o.permute(2, 0, 1, 3))
+        lse.view(n, kv_heads, group).copy_(s.permute(2, 0, 1))
     else:
         # All query heads of a KV head, and all rows of a batch element, are one block of queries.
         b, r = part.batch, n // part.batch
         q = q.view(b, r, kv_heads, group, dim).transpose(1, 2).reshape(b, kv_heads, -1, dim)
-        k, v = (c.view(b, -1, kv_heads, c.shape[-1]).transpose(1, 2) for c in (k, v))
-        out, lse = _partial(q, k, v, part.mask, False, scale, cap)
-        out = out.unflatten(2, (r, group)).transpose(1, 2)
-        lse = lse.unflatten(2, (r, group)).transpose(1, 2)
-    return out.reshape(n, heads, -1), lse.reshape(n, heads)
+        k = k.view(b, slots // b, kv_heads, dim).transpose(1, 2)
+        v = v.view(b, slots // b, kv_heads, v_dim).transpose(1, 2)
+        o, s = _partial(q, k, v, part.mask, False, scale, cap)
+        o = o.view(b, kv_heads, r, group, v_dim).transpose(1, 2)
+        out.view(b, r, kv_heads, group, v_dim).copy_(o)
+        lse.view(b, r, kv_heads, group).copy_(s.view(b, kv_heads, r, group).transpose(1, 2))
 
 
 def _partial(
@@ -225,7 +245,7 @@ def _partial(
     if cap:
         scores = cap * torch.tanh(scores / cap)
     if causal:
-        mask = _visible(scores.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril())
+        mask = _additive(scores.new_ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril())
     if mask is not None:
         scores = scores + mask
     lse = torch.logsumexp(scores, -1)
@@ -260,27 +280,28 @@ def _shared_runs(
                 nodes.append((group, stop, stop))
 
 
-def _runs(slots: Tensor) -> tuple[list[slice], Tensor]:
-    """Long runs of consecutive slots, as slices, and the slots outside them, in order."""
-    breaks = (slots.diff() != 1).nonzero().flatten() + 1
-    bounds = torch.cat([breaks.new_zeros(1), breaks, breaks.new_tensor([len(slots)])])
-    long = (bounds.diff() >= RUN_MIN).nonzero().flatten().tolist()
-    runs, rest, last = [], [], 0
-    for j in long:
-        start, stop = int(bounds[j]), int(bounds[j + 1])
-        first = int(slots[start])
-        runs.append(slice(first, first + stop - start))
-        rest.append(slots[last:start])
-        last = stop
-    return runs, torch.cat([*rest, slots[last:]])
-
-
 def _full(rows: slice | Tensor, slots: Tensor) -> list[Part]:
     """Parts in which all rows see all slots."""
     if not len(slots):
         return []
-    runs, rest = _runs(slots)
-    return [Part(rows, s) for s in [*runs, *([_as_slots(rest)] if len(rest) else [])]]
+    whole = _as_slots(slots)
+    if isinstance(whole, slice):
+        return [Part(rows, whole)]
+    return [Part(rows, _as_slots(piece)) for piece in slots.split(GATHER_MAX)]
+
+
+def _own(rows: slice | Tensor, slots: list[Tensor]) -> list[Part]:
+    """Parts in which each row sees slots of its own, padded to the longest."""
+    if len(slots) == 1:
+        return _full(rows, slots[0])
+    table = pad_sequence(slots, batch_first=True)
+    visible = torch.arange(table.shape[1]) < torch.tensor([[len(s)] for s in slots])
+    if bool(visible.all()):
+        return [Part(rows, table.flatten().long(), len(slots))]
+    # A row is padded with a slot of its own: masked, but sure to hold finite numbers.
+    table = table.where(visible, table[:, :1])
+    mask = _additive(visible)[:, None, None]
+    return [Part(rows, table.flatten().long(), len(slots), mask=mask)]
 
 
 def _windowed(span: slice, slots: Tensor, window: int) -> list[Part]:
@@ -292,40 +313,27 @@ def _windowed(span: slice, slots: Tensor, window: int) -> list[Part]:
         start = max(first - window, 0)
         back = torch.arange(first, last)[:, None] - torch.arange(start, last)
         rows = slice(span.start + first - cached, span.start + last - cached)
-        mask = _visible((back >= 0) & (back <= window))
+        mask = _additive((back >= 0) & (back <= window))
         parts.append(Part(rows, _as_slots(slots[start:last]), diagonal=True, mask=mask))
     return parts
 
 
-def _padded(bucket: list[tuple[slice, Tensor]]) -> Part:
-    """One-row requests with slots of their own each, padded to the longest."""
-    spans, slots = zip(*bucket)
-    size = torch.tensor([len(s) for s in slots])
-    longest = int(size.max())
-    # A row is padded with a slot of its own: masked, but sure to hold finite numbers.
-    table = torch.stack([torch.cat([s, s[:1].expand(longest - len(s))]) for s in slots])
-    visible = torch.arange(longest) < size[:, None]
-    mask = None if bool(visible.all()) else _visible(visible)[:, None, None]
-    return Part(_join(spans, range(len(spans))), table.flatten().long(), len(spans), mask=mask)
-
-
-def _merge_order(parts: list[Part], num_rows: int) -> tuple[Tensor | None, Tensor | None]:
-    """Where each row's results are among all parts' rows, and the bias that hides the padding."""
-    if len(parts) < 2:
-        return None, None
+def _merged(parts: list[Part], num_rows: int) -> Plan:
+    """The plan of these parts: where the results of each row are, and what hides the padding."""
     index = torch.arange(num_rows)
-    rows = torch.cat([index[part.rows] for part in parts])
+    rows = torch.cat([index[:0], *(index[part.rows] for part in parts)])
     if torch.equal(rows, index):
-        return None, None
+        return Plan(parts, num_rows, None, None)
     place = rows.argsort(stable=True)
-    count = rows.bincount(minlength=num_rows)
+    count = rows.bincount(minlength=num_rows)[:, None]
     step = torch.arange(int(count.max()))
-    order = place[(count.cumsum(0) - count)[:, None] + step.minimum(count[:, None] - 1)]
-    present = step < count[:, None]
-    return order, None if bool(present.all()) else _visible(present)[..., None]
+    order = place[count.cumsum(0) - count + step.minimum(count - 1)]
+    present = step < count
+    bias = None if bool(present.all()) else _additive(present)[..., None]
+    return Plan(parts, len(rows), order, bias)
 
 
-def _visible(mask: Tensor) -> Tensor:
+def _additive(mask: Tensor) -> Tensor:
     """Boolean mask to additive: 0 where True, -inf elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
 
@@ -351,4 +359,4 @@ def _to(plan: Plan, device: torch.device | str) -> Plan:
         return x.to(device) if isinstance(x, Tensor) else x
 
     parts = [Part(*map(move, part)) for part in plan.parts]
-    return Plan(parts, plan.num_rows, move(plan.order), move(plan.bias))
+    return Plan(parts, plan.num_partials, move(plan.order), move(plan.bias))

@@ -5,7 +5,9 @@ SGLang's own tree core (Rust) stays underneath; RKSC's data lives beside it.
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.registry import (
@@ -16,17 +18,24 @@ from sglang.srt.mem_cache.registry import (
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import (
-        BasePrefixCache,
-        EvictParams,
-        EvictResult,
-        InsertParams,
-        InsertResult,
-        MatchPrefixParams,
-        MatchResult,
-    )
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
 BACKEND = "rksc"
+
+
+def _timed(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, with its calls and nanoseconds added to the cache's counts."""
+
+    @functools.wraps(method)
+    def timed(self: RkscRadixCache, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter_ns()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.calls[operation] += 1
+            self.nanoseconds[operation] += time.perf_counter_ns() - start
+
+    return timed
 
 
 class RkscRadixCache(UnifiedRadixCache):
@@ -37,27 +46,10 @@ class RkscRadixCache(UnifiedRadixCache):
         self.nanoseconds = dict.fromkeys(self.calls, 0)
         super().__init__(params)
 
-    def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        start = time.perf_counter_ns()
-        result = super().match_prefix(params)
-        self._timed("match", start)
-        return result
-
-    def insert(self, params: InsertParams) -> InsertResult:
-        start = time.perf_counter_ns()
-        result = super().insert(params)
-        self._timed("insert", start)
-        return result
-
-    def evict(self, params: EvictParams) -> EvictResult:
-        start = time.perf_counter_ns()
-        result = super().evict(params)
-        self._timed("evict", start)
-        return result
-
-    def _timed(self, operation: str, start: int) -> None:
-        self.calls[operation] += 1
-        self.nanoseconds[operation] += time.perf_counter_ns() - start
+    match_prefix = _timed("match", UnifiedRadixCache.match_prefix)
+    insert = _timed("insert", UnifiedRadixCache.insert)
+    evict = _timed("evict", UnifiedRadixCache.evict)
+    evict_for_alloc = _timed("evict", UnifiedRadixCache.evict_for_alloc)
 
     def timings(self) -> dict[str, dict[str, int]]:
         return {

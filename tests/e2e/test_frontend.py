@@ -1,0 +1,182 @@
+"""rksc.fork, rksc.verify and rksc.gen_verdict in SGLang programs, on a real server."""
+
+import time
+import warnings
+
+import pytest
+import sglang as sgl
+
+import rksc_sglang as rksc
+
+
+@pytest.fixture(scope="module")
+def backend(server):
+    return sgl.RuntimeEndpoint(server, chat_template_name="chatml")
+
+
+@sgl.function
+def solve(s, question):
+    s += sgl.system("You answer questions in a few words.")
+    s += sgl.user(question)
+    branches = rksc.fork(s, 3)
+    branches += sgl.assistant(sgl.gen("answer", max_tokens=12, temperature=0.7))
+    verdict = rksc.verify(branches, "answer")
+    s += sgl.assistant(branches[verdict.winner]["answer"])
+    s += rksc.gen_verdict("ok", "Is that right? Reply with Yes or No.", labels=("Yes", "No"))
+    branches.join()
+    return branches, verdict
+
+
+def check(state):
+    branches, verdict = state.ret_value
+    assert verdict.labels == ("Yes", "No")  # "YES" is two tokens of this model
+    assert verdict.scores[verdict.winner] == max(verdict.scores)
+    assert all(0 <= score <= 1 for score in verdict.scores)
+    assert all(0 < confidence <= 1 for confidence in verdict.confidences)
+    assert verdict.skipped == {}
+    assert 0 < verdict.computed_tokens < verdict.prompt_tokens
+    assert state["answer"][verdict.winner] in state.text()
+    assert "Is that right" not in state.text()
+    assert state["ok"] in ("Yes", "No")
+    meta = state.get_meta_info("ok")
+    assert sum(meta["probabilities"]) == pytest.approx(1)
+    assert meta["labels"][meta["probabilities"].index(max(meta["probabilities"]))] == state["ok"]
+    for branch in range(3):
+        info = branches[branch].get_meta_info("answer")["rksc"]
+        assert info["share"] == "exact"
+        assert info["exact_tokens"] > 0
+
+
+def test_a_program_forks_and_verifies(backend):
+    check(solve.run(question="What is the capital of France?", backend=backend))
+
+
+def test_run_batch(backend):
+    questions = [{"question": q} for q in ("Name a color.", "Name a fruit.", "What is 1+1?")]
+    for state in solve.run_batch(questions, num_threads=3, backend=backend):
+        check(state)
+
+
+def test_streaming(backend):
+    state = solve.run(question="Name an animal.", stream=True, backend=backend)
+    text = "".join(state.text_iter())
+    assert text.startswith("<|im_start|>system\nYou answer")
+    check(state)
+
+
+def test_tracing_and_precaching(backend):
+    trace = solve.trace(backend=backend)
+    nodes = [repr(node) for child in trace.child_states for node in child.flatten_nodes()]
+    assert sum(node.startswith("Verdict('answer_verdict'") for node in nodes) == 3
+    assert any(repr(node).startswith("Verdict('ok'") for node in trace.flatten_nodes())
+
+
+def test_verification_costs_its_own_few_tokens(backend):
+    """Behind a branch of a hundred tokens and more, only the question is computed."""
+
+    @sgl.function
+    def program(s):
+        s += "Facts about the sea: " + "the tide rises and falls twice a day, " * 12
+        branches = rksc.fork(s, 4)
+        branches += sgl.gen("x", max_tokens=8, ignore_eos=True)
+        return rksc.verify(branches, "x", question="True?", labels=("Yes", "No"))
+
+    verdict = program.run(backend=backend).ret_value
+    assert verdict.prompt_tokens > 4 * 100
+    assert verdict.computed_tokens <= 4 * 16
+
+
+def test_a_verdict_equals_the_models_own_probabilities(backend):
+    """Against transformers' view through the server's plain logprobs of the same prompt."""
+    import math
+
+    from rksc_sglang.lang.server import server_of
+
+    @sgl.function
+    def program(s):
+        s += "Q: Is water wet?\n"
+        s += rksc.gen_verdict("v", "Well?", labels=("Yes", "No"))
+
+    meta = program.run(backend=backend).get_meta_info("v")
+    server = server_of(backend)
+    prompt = "Q: Is water wet?\n\nWell?\nAnswer:"
+    answer = server.post(
+        "/generate",
+        {
+            "text": [prompt + " Yes", prompt + " No"],
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        },
+    )
+    logprobs = [one["meta_info"]["input_token_logprobs"][-1][0] for one in answer]
+    assert meta["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+    weights = [math.exp(logprob) for logprob in logprobs]
+    assert meta["probabilities"] == pytest.approx(
+        [weight / sum(weights) for weight in weights], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (("YES", "NO"), "'YES': it is 2 tokens"),
+        (("Yes", "Absolutely not"), "'Absolutely not': it is 2 tokens"),
+        (("Yes", " Yes"), "Yes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_an_error_naming_them(backend, labels, named):
+    @sgl.function
+    def program(s):
+        s += "2 + 2 = "
+        branches = rksc.fork(s, 2)
+        branches += sgl.gen("x", max_tokens=2)
+        rksc.verify(branches, "x", labels=labels)
+
+    with pytest.raises(rksc.VerifyError, match=named):
+        program.run(backend=backend)
+
+
+def test_stop_ends_what_branches_generate(backend):
+    @sgl.function
+    def program(s):
+        s += "Once upon a time"
+        branches = rksc.fork(s, 3)
+        branches += sgl.gen("x", max_tokens=120, ignore_eos=True)
+        aborted = []
+        deadline = time.monotonic() + 60
+        while not aborted and time.monotonic() < deadline:
+            aborted = branches.stop([1])
+        verdict = rksc.verify(branches, "x")
+        branches.join()
+        return branches, aborted, verdict
+
+    branches, aborted, verdict = program.run(backend=backend).ret_value
+    assert aborted == [1]
+    finish = [branch.get_meta_info("x")["finish_reason"]["type"] for branch in branches]
+    assert finish == ["length", "abort", "length"]
+    assert verdict.skipped == {1: "stopped"}
+    assert verdict.winner in (0, 2)
+
+
+def test_against_plain_sglang_all_works_and_it_says_so_once(stock_tiny):
+    backend = sgl.RuntimeEndpoint(stock_tiny, chat_template_name="chatml")
+
+    @sgl.function
+    def program(s):
+        s += sgl.user("Hello")
+        branches = rksc.fork(s, 2, share="similar")
+        branches += sgl.assistant(sgl.gen("x", max_tokens=4))
+        verdict = rksc.verify(branches, "x")
+        branches.stop([1 - verdict.winner])
+        branches.join()
+        return verdict
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            verdict = program.run(backend=backend).ret_value
+            assert verdict.winner in (0, 1)
+            assert verdict.skipped == {}
+    said = [w for w in caught if "without RKSC" in str(w.message)]
+    assert len(said) == 1

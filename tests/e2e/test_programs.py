@@ -1,0 +1,18 @@
+"""SGLang's own frontend programs fare on our server as they fare on stock."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def start(url):
+    script = Path(__file__).with_name("run_programs.py")
+    return subprocess.Popen([sys.executable, script, url], stdout=subprocess.PIPE, text=True)
+
+
+def test_every_program_has_stocks_outcome(rksc_tiny, stock_tiny):
+    running = [start(rksc_tiny), start(stock_tiny)]
+    ours, stock = (json.loads(process.communicate()[0].splitlines()[-1]) for process in running)
+    assert ours == stock
+    assert list(ours.values()).count("passed") >= 8, ours
