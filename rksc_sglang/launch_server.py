@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="python -m rksc_sglang.launch_server",
+        usage="%(prog)s [--rksc-FLAG ...] [SGLANG-FLAG ...]",
         description="SGLang's server with reasoning-aware KV cache sharing. Every flag of SGLang "
         "is taken unchanged. Without --model-path an embedded model is served. Without an "
         "accelerator, CPU settings are chosen for the flags that are not given.",
@@ -166,8 +167,9 @@ def print_banner(config: RkscConfig, server_args: Any) -> None:
 
     from rksc_sglang.contract import KEY
 
-    info = get_global_state().scheduler_info[KEY]
     lines = [f"RKSC is on, mode {config.mode}. Status: {server_args.url()}/rksc/status"]
+    # Under data parallelism SGLang keeps what the schedulers report: the status page has it.
+    info = get_global_state().scheduler_info.get(KEY, {"features": {}})
     for name, feature in info["features"].items():
         lines.append(f"  {name}: " + ("on" if feature["on"] else f"off ({feature['reason']})"))
     print("\n".join(lines), file=sys.stderr, flush=True)

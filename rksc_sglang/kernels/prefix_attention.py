@@ -12,7 +12,7 @@ The plan depends on slot numbers only, so all layers of a forward pass use the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 # KV reads that a shared part must save before it pays for itself and for the merge.
-SHARE_MIN = 256
+SHARE_MIN = 768
 # Slots copied at a time: what was copied is still in the processor's cache when it is read.
-GATHER_MAX = 2048
+GATHER_MAX = 4096
 # Query rows per part where a sliding window cuts: bounds the mask, and the slots read in vain.
 WINDOW_ROWS = 512
 
@@ -197,9 +197,7 @@ def reference_attention(
     return torch.cat(outs)
 
 
-def _read(
-    cache: Tensor, slots: slice | Tensor, scratch: dict[tuple, Tensor], name: str
-) -> Tensor:
+def _read(cache: Tensor, slots: slice | Tensor, scratch: dict[tuple, Tensor], name: str) -> Tensor:
     """The rows of ``cache`` at ``slots``: in place if consecutive, else copied to ``scratch``."""
     if isinstance(slots, slice):
         return cache[slots]
@@ -341,7 +339,7 @@ def _additive(mask: Tensor) -> Tensor:
 def _join(spans: Sequence[slice], members: Sequence[int]) -> slice | Tensor:
     """Rows of several requests: a slice where they are neighbours."""
     chosen = [spans[i] for i in members]
-    if all(a.stop == b.start for a, b in zip(chosen, chosen[1:])):
+    if all(a.stop == b.start for a, b in pairwise(chosen)):
         return slice(chosen[0].start, chosen[-1].stop)
     return torch.cat([torch.arange(s.start, s.stop) for s in chosen])
 

@@ -120,7 +120,7 @@ class RkscScheduler(stock.Scheduler):
         return req
 
     def get_init_info(self) -> dict[str, Any]:
-        # The launcher refuses to serve when this key is missing.
+        # For the launcher's banner.
         return {**super().get_init_info(), KEY: self.rksc_status()}
 
     def get_internal_state(self, recv_req: GetInternalStateReq) -> Any:

@@ -24,7 +24,14 @@ class Rig:
     def __init__(self, groups, *, page_size=1, dtype=torch.float32, pool=None):
         generator = torch.Generator().manual_seed(0)
         self.pool = pool or MHATokenToKVPool(
-            SIZE, page_size, dtype, KV_HEADS, DIM, layer_num=2, device="cpu", enable_memory_saver=False
+            SIZE,
+            page_size,
+            dtype,
+            KV_HEADS,
+            DIM,
+            layer_num=2,
+            device="cpu",
+            enable_memory_saver=False,
         )
         self.req_pool = ReqToTokenPool(32, 2048, "cpu", enable_memory_saver=False)
         for layer in range(2):
@@ -70,16 +77,16 @@ class Rig:
             **extend,
         )
 
-    def run(self, backend_class, mode, new, *, layers=(0, 1), save=True, **layer_options):
-        """Outputs of the layers, which write and read the same pool."""
+    def run(self, backend_class, mode, new, *, layers=(0, 1), save=True, skip=0, **layer_options):
+        """Outputs of the layers; tokens are random, the same ones at each call, after ``skip``."""
         generator = torch.Generator().manual_seed(1)
         backend, batch, outs = backend_class(self.runner), self.batch(mode, new), []
         backend.init_forward_metadata(batch)
-        dtype = self.pool.dtype
+        dtype, span = self.pool.dtype, slice(skip, skip + sum(new))
         for layer_id in layers:
             layer = RadixAttention(HEADS, DIM, 0.25, KV_HEADS, layer_id, **layer_options)
             q, k, v = (
-                torch.randn(sum(new), heads * DIM, generator=generator).to(dtype)
+                torch.randn(1000, heads * DIM, generator=generator).to(dtype)[span]
                 for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             k, v = k.view(-1, KV_HEADS, DIM), v.view(-1, KV_HEADS, DIM)
@@ -88,12 +95,12 @@ class Rig:
 
 
 GROUPS = [(400, [3, 17, 8]), (0, [1, 90]), (260, [30, 31])]
-LENGTHS = [shared + tail for shared, tails in GROUPS for tail in tails]
+UNSHARED = [(0, [300, 1, 90])]
 BATCHES = {
-    "decode": (ForwardMode.DECODE, [1] * 7),
-    "extend": (ForwardMode.EXTEND, [2, 17, 5, 1, 90, 200, 31]),
-    "prefill": (ForwardMode.EXTEND, LENGTHS),
-    "mixed": (ForwardMode.MIXED, [1, 1, 8, 1, 60, 1, 1]),
+    "decode": (GROUPS, ForwardMode.DECODE, [1] * 7),
+    "extend": (GROUPS, ForwardMode.EXTEND, [2, 17, 5, 1, 90, 30, 31]),
+    "prefill": (UNSHARED, ForwardMode.EXTEND, [300, 1, 90]),
+    "mixed": (GROUPS, ForwardMode.MIXED, [1, 1, 8, 1, 60, 1, 1]),
 }
 
 
@@ -101,9 +108,10 @@ BATCHES = {
 @pytest.mark.parametrize("window", [-1, 20])
 @pytest.mark.parametrize("kind", BATCHES)
 def test_equals_torch_native(kind, window, page_size):
-    rig, stock = (Rig(GROUPS, page_size=page_size) for _ in range(2))
-    out = rig.run(RkscCpuAttnBackend, *BATCHES[kind], sliding_window_size=window)
-    expected = stock.run(TorchNativeAttnBackend, *BATCHES[kind], sliding_window_size=window)
+    groups, *batch = BATCHES[kind]
+    rig, stock = (Rig(groups, page_size=page_size) for _ in range(2))
+    out = rig.run(RkscCpuAttnBackend, *batch, sliding_window_size=window)
+    expected = stock.run(TorchNativeAttnBackend, *batch, sliding_window_size=window)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for layer in range(2):
         assert torch.equal(rig.pool.get_key_buffer(layer), stock.pool.get_key_buffer(layer))
@@ -113,8 +121,9 @@ def test_equals_torch_native(kind, window, page_size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", BATCHES)
 def test_half_precision_is_close_to_torch_native(kind, dtype):
-    out = Rig(GROUPS, dtype=dtype).run(RkscCpuAttnBackend, *BATCHES[kind])
-    expected = Rig(GROUPS, dtype=dtype).run(TorchNativeAttnBackend, *BATCHES[kind])
+    groups, *batch = BATCHES[kind]
+    out = Rig(groups, dtype=dtype).run(RkscCpuAttnBackend, *batch)
+    expected = Rig(groups, dtype=dtype).run(TorchNativeAttnBackend, *batch)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
@@ -126,32 +135,23 @@ def test_chunks_of_a_prompt_equal_the_whole():
     for layer in range(2):  # the first 200 tokens are cached already
         for get in ("get_key_buffer", "get_value_buffer"):
             getattr(chunk.pool, get)(layer).copy_(getattr(whole.pool, get)(layer))
-    generator = torch.Generator().manual_seed(1)
-    backend, batch = RkscCpuAttnBackend(chunk.runner), chunk.batch(ForwardMode.EXTEND, [100])
-    backend.init_forward_metadata(batch)
-    for layer_id in range(2):
-        q, k, v = (
-            torch.randn(300, heads * DIM, generator=generator)[200:]
-            for heads in (HEADS, KV_HEADS, KV_HEADS)
-        )
-        layer = RadixAttention(HEADS, DIM, 0.25, KV_HEADS, layer_id)
-        k, v = k.view(-1, KV_HEADS, DIM), v.view(-1, KV_HEADS, DIM)
-        out = backend.forward(q, k, v, layer, batch)
-        torch.testing.assert_close(out, expected[layer_id, 200:], rtol=1e-5, atol=1e-5)
+    out = chunk.run(RkscCpuAttnBackend, ForwardMode.EXTEND, [100], skip=200)
+    torch.testing.assert_close(out, expected[:, 200:], rtol=1e-5, atol=1e-5)
 
 
 def test_encoder_only_layers_see_the_whole_request():
+    groups, *batch = BATCHES["prefill"]
     options = {"attn_type": AttentionType.ENCODER_ONLY}
-    out = Rig(GROUPS).run(RkscCpuAttnBackend, *BATCHES["prefill"], **options)
-    expected = Rig(GROUPS).run(TorchNativeAttnBackend, *BATCHES["prefill"], **options)
+    out = Rig(groups).run(RkscCpuAttnBackend, *batch, **options)
+    expected = Rig(groups).run(TorchNativeAttnBackend, *batch, **options)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_saving_the_pool_stays_as_it_is():
     rig, stock = Rig(GROUPS), Rig(GROUPS)
     before = rig.pool.get_key_buffer(0).clone()
-    out = rig.run(RkscCpuAttnBackend, *BATCHES["decode"], save=False)
-    expected = stock.run(TorchNativeAttnBackend, *BATCHES["decode"], save=False)
+    out = rig.run(RkscCpuAttnBackend, ForwardMode.DECODE, [1] * 7, save=False)
+    expected = stock.run(TorchNativeAttnBackend, ForwardMode.DECODE, [1] * 7, save=False)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(rig.pool.get_key_buffer(0), before)
 
@@ -165,25 +165,29 @@ def test_one_request_alone_has_the_same_bits_every_time():
 
 def test_company_moves_a_request_by_rounding_only():
     alone = Rig(GROUPS[:1]).run(RkscCpuAttnBackend, ForwardMode.DECODE, [1] * 3)
-    together = Rig(GROUPS).run(RkscCpuAttnBackend, ForwardMode.DECODE, [1] * 3 + [1] * 4)
-    # The first layer's random draws agree: row by row for q, and the cached KV.
-    torch.testing.assert_close(alone[0, :1], together[0, :1], rtol=1e-5, atol=1e-5)
+    together = Rig(GROUPS).run(RkscCpuAttnBackend, ForwardMode.DECODE, [1] * 7)
+    torch.testing.assert_close(alone, together[:, :3], rtol=1e-5, atol=1e-5)
+
+
+def dense(rig, layer, requests, new, **options):
+    """The layer's outputs from its pool by the float64 reference."""
+    generator = torch.Generator().manual_seed(1)
+    return reference_attention(
+        torch.randn(1000, HEADS * DIM, generator=generator)[: sum(new)].view(-1, HEADS, DIM),
+        rig.pool.get_key_buffer(layer),
+        rig.pool.get_value_buffer(layer),
+        requests,
+        new,
+        scale=0.25,
+        **options,
+    ).flatten(1)
 
 
 def test_logit_cap_is_applied():
     rig = Rig(GROUPS)
-    out = rig.run(RkscCpuAttnBackend, *BATCHES["decode"], layers=(0,), logit_cap=1.5)
-    q = torch.randn(7, HEADS * DIM, generator=torch.Generator().manual_seed(1))
-    expected = reference_attention(
-        q.view(7, HEADS, DIM),
-        rig.pool.get_key_buffer(0),
-        rig.pool.get_value_buffer(0),
-        rig.requests,
-        [1] * 7,
-        scale=0.25,
-        logit_cap=1.5,
-    )
-    torch.testing.assert_close(out[0].double(), expected.flatten(1), rtol=1e-5, atol=1e-5)
+    out = rig.run(RkscCpuAttnBackend, ForwardMode.DECODE, [1] * 7, layers=(0,), logit_cap=1.5)
+    expected = dense(rig, 0, rig.requests, [1] * 7, logit_cap=1.5)
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -203,20 +207,11 @@ def test_sliding_window_pool_is_read_at_its_own_slots(kind):
     )
     permutation = torch.randperm(SIZE + 1, generator=torch.Generator().manual_seed(2))
     pool.register_mapping(torch.cat([permutation, torch.tensor([-1])]))
-    rig = Rig(GROUPS, pool=pool)
-    mode, new = BATCHES[kind]
+    groups, mode, new = BATCHES[kind]
+    rig = Rig(groups, pool=pool)
     out = rig.run(RkscCpuAttnBackend, mode, new, layers=(1,), sliding_window_size=20)
-    q = torch.randn(sum(new), HEADS * DIM, generator=torch.Generator().manual_seed(1))
-    expected = reference_attention(
-        q.view(-1, HEADS, DIM),
-        pool.get_key_buffer(1),
-        pool.get_value_buffer(1),
-        [permutation[slots] for slots in rig.requests],
-        new,
-        scale=0.25,
-        window=20,
-    )
-    torch.testing.assert_close(out[0].double(), expected.flatten(1), rtol=1e-5, atol=1e-5)
+    expected = dense(rig, 1, [permutation[slots] for slots in rig.requests], new, window=20)
+    torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_encoder_decoder_models_are_refused():

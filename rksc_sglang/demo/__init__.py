@@ -1,0 +1,1 @@
+"""The demo: ``python -m rksc_sglang.demo``, and the server process that it runs."""

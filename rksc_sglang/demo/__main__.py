@@ -1,0 +1,201 @@
+"""``python -m rksc_sglang.demo``: questions, branches, votes and verdicts on a server of its own.
+
+Two passes over the same questions: with RKSC, then with the radix cache off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rksc_sglang.demo.questions import OWN_QUESTIONS, Question, QuestionsError, load_questions
+from rksc_sglang.demo.server import ServerFailedError, ServerProcess
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rksc_sglang.demo.display import Pass
+
+#: Enough for the questions in work; SGLang would take all memory that is free.
+SERVER_FLAGS = ("--max-total-tokens", "16384")
+PASSES = {
+    "RKSC, mode exact": ("--rksc-mode", "exact"),
+    "radix cache off": ("--rksc-mode", "off", "--disable-radix-cache"),
+}
+MAX_BRANCHES = 8
+#: Questions in work at the same time, to keep the server's batches full.
+CONCURRENCY = 4
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="quickstart.sh",
+        description="Starts a server with an embedded model, has it answer questions in several "
+        "branches each, verifies and votes, then does the same with the radix cache off.",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines with "question" and "answer", where an answer is text, a number, or a '
+        'list of right ones, and may end in "#### 18" as in GSM8K; default: questions of the demo',
+    )
+    parser.add_argument(
+        "--limit", type=_count, default=12, help="questions to ask at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--branches",
+        type=_count,
+        choices=range(1, MAX_BRANCHES + 1),
+        default=MAX_BRANCHES,
+        metavar=f"1-{MAX_BRANCHES}",
+        help="branches a question (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_count,
+        help="tokens of an answer at most (default: 24, or 96 with --questions)",
+    )
+    parser.add_argument("--port", type=_port, help="port of the server (default: a free one)")
+    parser.add_argument(
+        "--skip-cache-off",
+        action="store_true",
+        help="leave out the second pass, with the radix cache off",
+    )
+    args = parser.parse_args(argv)
+    if args.max_tokens is None:
+        args.max_tokens = 24 if args.questions is None else 96
+    return args
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def run_pass(
+    name: str, questions: Sequence[Question], args: argparse.Namespace, console: Console, log: Path
+) -> Pass:
+    """All questions on a server of their own, which is gone afterwards."""
+    flags = [*SERVER_FLAGS, *PASSES[name]]
+    with ServerProcess(flags, log=log, port=args.port) as server:
+        from rksc_sglang.demo.display import Pass, outcome_table, waiting
+        from rksc_sglang.demo.program import CountingEndpoint, Outcome, solve
+
+        with waiting(console, f"Starting the server: {name}"):
+            server.wait_ready()
+        endpoint = CountingEndpoint(server.url, chat_template_name="chatml")
+        outcomes: dict[int, Outcome] = {}
+        pool = ThreadPoolExecutor(CONCURRENCY)
+        try:
+            start = time.perf_counter()
+            with outcome_table(console, name, questions) as show:
+                running = {
+                    pool.submit(solve, endpoint, question, args.branches, args.max_tokens): number
+                    for number, question in enumerate(questions)
+                }
+                while running:
+                    done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    # A dead server comes first: it is the reason why programs fail.
+                    if any(future.exception() for future in done):
+                        time.sleep(2)
+                    server.check()
+                    for future in done:
+                        number = running.pop(future)
+                        outcomes[number] = future.result()
+                        show(number, outcomes[number])
+            seconds = time.perf_counter() - start
+        finally:
+            # Without waiting: what still runs ends with the server.
+            pool.shutdown(wait=False, cancel_futures=True)
+        return Pass(name, [outcomes[number] for number in range(len(questions))], seconds)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """The exit status; the reason of a failure has been printed."""
+    questions = load_questions(args.questions or OWN_QUESTIONS)[: args.limit]
+
+    from rich.console import Console
+
+    from rksc_sglang.demo.display import print_summary
+    from rksc_sglang.models.smollm2 import ensure_smollm2
+
+    # Here and not in the server, so that its progress is seen.
+    ensure_smollm2()
+    console = Console()
+    logs = Path(tempfile.mkdtemp(prefix="rksc-demo-"))
+    keep_logs = False
+    try:
+        names = list(PASSES)[: 1 if args.skip_cache_off else None]
+        passes = []
+        for number, name in enumerate(names, 1):
+            log = logs / f"server-{number}.log"
+            passes.append(run_pass(name, questions, args, console, log))
+        print_summary(console, passes)
+        return 0
+    except Exception:
+        keep_logs = True
+        raise
+    finally:
+        if not keep_logs:
+            shutil.rmtree(logs, ignore_errors=True)
+
+
+def _exit_on(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    # A program's failure arrives as an exception; SGLang's frontend warns about it as well.
+    warnings.simplefilter("ignore")
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _exit_on)
+
+    from rksc_sglang.models import EmbeddedModelError
+
+    try:
+        return run_demo(args)
+    except QuestionsError as error:
+        return _fail(error, 2)
+    except (ServerFailedError, EmbeddedModelError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted, the server is stopped", 130)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"rksc: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # SGLang's frontend leaves threads behind when a program is cut short; they would be waited for.
+    os._exit(code)

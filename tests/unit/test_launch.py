@@ -1,0 +1,52 @@
+"""The launcher refuses before it loads anything, with one line and exit status 2."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from rksc_sglang.launch_server import main
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--rksc-mode", "fast"], "--rksc-mode: expected one of off, exact, balanced, paper"),
+        (["--rksc-root-first-min-tokens", "0"], "--rksc-root-first-min-tokens: must be at least 1"),
+        (["--rksc-tau", "0.5"], "--rksc-tau: no such flag"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_naming_it(capsys, argv, named):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rksc: error: ")
+    assert named in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--enable-lmcache"], "--enable-lmcache does not work with RKSC"),
+        (["--rksc-mode", "off"], "is in use: choose another with --port"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(tiny_model, flags, named):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        command = [sys.executable, "-m", "rksc_sglang.launch_server", *flags]
+        command += ["--model-path", str(tiny_model), "--port", str(busy.getsockname()[1])]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert named in result.stderr.splitlines()[-1]
+
+
+def test_help_explains_our_flags_and_sglangs(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert "--rksc-mode" in text
+    assert "--mem-fraction-static" in text
