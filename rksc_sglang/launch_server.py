@@ -128,7 +128,7 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
         RKSC's configuration, published to the environment, and SGLang's ``ServerArgs``.
 
     Raises:
-        ConfigError, LaunchError, EmbeddedModelError: with a message for the user.
+        ConfigError, LaunchError, CompatError, EmbeddedModelError: with a message for the user.
     """
     config, rest = split_flags(argv)
     config.to_env()
@@ -140,6 +140,8 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
 
     compat.check_version()
     load_plugins()
+    if config.enabled:
+        compat.check_registrations()
     if not has_accelerator():
         rest = with_defaults(rest, CPU_FLAGS)
     if not any(arg.split("=")[0] in ("--model-path", "--model", "--config") for arg in rest):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import scheduler as stock
@@ -154,5 +155,8 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    compat.check_registrations()
+    try:
+        compat.check_registrations()
+    except compat.CompatError as error:
+        sys.exit(f"rksc: error: {error}")
     stock.run_scheduler_process(*args, **kwargs)

@@ -1,0 +1,261 @@
+"""What all benchmarks share: servers, interleaved and paired runs, tables, JSON.
+
+A benchmark is a module with a ``summarise(rows)`` function and a ``main`` that calls :func:`run`.
+*Conditions* are servers, all up at the same time; *cases* are pieces of work. Each repetition sends
+a case to every condition, one after the other in random order: the machine's drift hits all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import requests
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rksc_sglang.demo.server import ServerProcess
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+        workload: the kind it belongs to; summaries are by workload.
+        run: does it on the server at a URL, and returns measurements by name.
+        group: conditions that it is for, by their group name (a model, say).
+    """
+
+    workload: str
+    run: Callable[[str, random.Random], Mapping[str, Any]]
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A server to measure: flags of ``python -m rksc_sglang.launch_server``."""
+
+    name: str
+    flags: Sequence[str]
+    group: str = ""
+
+
+class BenchmarkError(Exception):
+    """A condition failed, so there is nothing to report."""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--quick", action="store_true", help="a few minutes, wide intervals")
+    result.add_argument("--seed", type=int, default=0, help="of texts and orders (default: 0)")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write all measurements there")
+    result.add_argument(
+        "--questions", type=Path, metavar="FILE", help="JSON lines whose 'question' is the text"
+    )
+    return result
+
+
+def generate(url: str, text: str | Sequence[str], max_new_tokens: int, **kwargs: Any) -> Any:
+    """One ``/generate`` call, greedy and of exactly this many tokens.
+
+    Raises:
+        BenchmarkError: the server did not answer with success.
+    """
+    params = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"text": text, "sampling_params": params, **kwargs}
+    try:
+        answer = requests.post(url + "/generate", json=body, timeout=600)
+    except requests.RequestException as error:
+        raise BenchmarkError(f"{url}: {error}") from error
+    if answer.status_code != 200:
+        raise BenchmarkError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
+    return answer.json()
+
+
+def stream(url: str, text: str, max_new_tokens: int) -> dict[str, float]:
+    """As :func:`generate`, streamed: seconds until the first token, and prompt + output tokens."""
+    params = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"text": text, "sampling_params": params, "stream": True}
+    start = time.perf_counter()
+    ttft, last = None, b""
+    try:
+        with requests.post(url + "/generate", json=body, stream=True, timeout=600) as answer:
+            answer.raise_for_status()
+            for line in answer.iter_lines():
+                if line.startswith(b"data: {"):
+                    ttft = ttft or time.perf_counter() - start
+                    last = line
+        meta = json.loads(last[len(b"data: ") :])["meta_info"]
+    except (requests.RequestException, ValueError, KeyError) as error:
+        raise BenchmarkError(f"{url}: {error!r}") from error
+    assert ttft is not None
+    return {"ttft": ttft, "tokens": meta["prompt_tokens"] + meta["completion_tokens"]}
+
+
+def together(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[float]]:
+    """Make calls at the same time; gives their results and each one's seconds."""
+    results: list[Any] = [None] * len(calls)
+    seconds = [0.0] * len(calls)
+    errors: list[BaseException] = []
+
+    def make(i: int) -> None:
+        start = time.perf_counter()
+        try:
+            results[i] = calls[i]()
+        except BaseException as error:
+            errors.append(error)
+        seconds[i] = time.perf_counter() - start
+
+    threads = [threading.Thread(target=make, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results, seconds
+
+
+def run(
+    module: str,
+    args: argparse.Namespace,
+    conditions: Sequence[Condition],
+    cases: Sequence[Case],
+    repeats: int,
+) -> dict[str, Any]:
+    """Measure, summarise, print, and write JSON when asked to.
+
+    Args:
+        module: dotted name of the benchmark, whose ``summarise(rows)`` is used.
+        repeats: how often each case is run under each of its conditions, warm-up not counted.
+
+    Raises:
+        BenchmarkError: a condition failed; nothing is reported then.
+    """
+    rng = random.Random(args.seed)
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {
+            c.name: stack.enter_context(ServerProcess(list(c.flags), log=logs / f"{c.name}.log"))
+            for c in conditions
+        }
+        progress = stack.enter_context(
+            Progress(
+                *Progress.get_default_columns()[:3],
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+        )
+        bar = progress.add_task("starting servers", total=None)
+        for server in servers.values():
+            server.wait_ready()
+        total = (repeats + 1) * sum(
+            condition.group == case.group for case in cases for condition in conditions
+        )
+        progress.update(bar, description="measuring", total=total)
+        for repeat in range(-1, repeats):  # -1 warms up: first calls allocate and compile
+            for number, case in enumerate(rng.sample(cases, len(cases))):
+                seed = rng.random()  # the same work for each condition
+                order = [c for c in conditions if c.group == case.group]
+                for condition in rng.sample(order, len(order)):
+                    server = servers[condition.name]
+                    server.check()
+                    measured = case.run(server.url, random.Random(seed))
+                    progress.advance(bar)
+                    if repeat >= 0:
+                        rows.append(
+                            {
+                                "workload": case.workload,
+                                "condition": condition.name,
+                                "repeat": repeat,
+                                "position": number,
+                                **measured,
+                            }
+                        )
+    return report(
+        {
+            "benchmark": module,
+            "machine": machine(),
+            "versions": {p: version(p) for p in ("rksc-sglang", "sglang", "torch", "transformers")},
+            "config": {
+                "argv": sys.argv[1:],
+                "quick": args.quick,
+                "seed": args.seed,
+                "repeats": repeats,
+                "conditions": {c.name: list(c.flags) for c in conditions},
+            },
+            "rows": rows,
+        },
+        args.json,
+    )
+
+
+def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """Add the summary to a result, print it, and write it to ``path``."""
+    result["summary"] = import_module(result["benchmark"]).summarise(result["rows"])
+    print_tables(result)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(path)
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def print_tables(result: Mapping[str, Any]) -> None:
+    """Medians by workload and condition, then the summary."""
+    console = Console()
+    rows: Sequence[Row] = result["rows"]
+    names = sorted({k for row in rows for k, v in row.items() if isinstance(v, float)}, key=str)
+    table = Table("workload", "condition", "n", *names, title=result["benchmark"])
+    for key in dict.fromkeys((row["workload"], row["condition"]) for row in rows):
+        chosen = [row for row in rows if (row["workload"], row["condition"]) == key]
+        cells = []
+        for name in names:
+            values = sorted(row[name] for row in chosen if name in row)
+            cells.append(f"{values[len(values) // 2]:.4g}" if values else "")
+        table.add_row(*key, str(len(chosen)), *cells)
+    console.print(table)
+    console.print_json(json.dumps(result["summary"]))
+
+
+def pairs(rows: Sequence[Row], workload: str, name: str, a: str, b: str) -> tuple[list, list]:
+    """Measurement ``name`` under conditions ``a`` and ``b``, paired by repetition and position."""
+    values = {
+        (row["condition"], row["repeat"], row["position"]): row[name]
+        for row in rows
+        if row["workload"] == workload and name in row
+    }
+    keys = [key[1:] for key in values if key[0] == a and (b, *key[1:]) in values]
+    return [values[(a, *key)] for key in keys], [values[(b, *key)] for key in keys]

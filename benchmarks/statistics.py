@@ -1,0 +1,52 @@
+"""Paired statistics: ratios of medians over pairs, with a bootstrap interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 4000
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Median of the ratios ``a[i] / b[i]`` of paired measurements.
+
+    Args:
+        a, b: positive measurements; ``a[i]`` and ``b[i]`` were taken one after the other.
+        seed: of the bootstrap.
+
+    Returns:
+        ``ratio``, and the bounds ``low`` and ``high`` of its 95 % bootstrap interval, resampling
+        pairs.
+    """
+    ratios = np.asarray(a, dtype=np.float64) / np.asarray(b, dtype=np.float64)
+    if ratios.size == 0 or not np.isfinite(ratios).all() or (ratios <= 0).any():
+        raise ValueError("paired_ratio needs pairs of positive finite numbers")
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, ratios.size, size=(RESAMPLES, ratios.size))
+    medians = np.median(ratios[picks], axis=1)
+    return {"ratio": float(np.median(ratios)), **_interval(medians)}
+
+
+def geometric_mean_ratio(groups: Sequence[Sequence[float]], seed: int = 0) -> dict[str, float]:
+    """Geometric mean over groups of each group's median ratio, pairs resampled within groups.
+
+    Args:
+        groups: per workload its paired ratios.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    logs = np.zeros(RESAMPLES)
+    for array in arrays:
+        picks = rng.integers(0, array.size, size=(RESAMPLES, array.size))
+        logs += np.log(np.median(array[picks], axis=1))
+    center = float(np.exp(np.mean([np.log(np.median(array)) for array in arrays])))
+    return {"ratio": center, **_interval(np.exp(logs / len(arrays)))}
+
+
+def _interval(resampled: np.ndarray) -> dict[str, float]:
+    return {
+        "low": float(np.quantile(resampled, 0.025)),
+        "high": float(np.quantile(resampled, 0.975)),
+    }
