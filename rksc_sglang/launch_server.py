@@ -17,7 +17,7 @@ from rksc_sglang.config import ConfigError, RkscConfig
 #: Flags for machines without an accelerator, each used only where the user gave none.
 CPU_FLAGS = {
     "--device": "cpu",
-    "--attention-backend": "torch_native",
+    "--attention-backend": "rksc_cpu",
     "--sampling-backend": "pytorch",
     "--dtype": "float32",
     # Without it an idle scheduler burns a whole core.

@@ -8,10 +8,15 @@ accelerator.
 from __future__ import annotations
 
 from rksc_sglang.config import RkscConfig
+from rksc_sglang.platform import has_accelerator
 
 
 def register() -> None:
     """Entry point of the group ``sglang.srt.plugins``."""
+    if not has_accelerator():
+        from rksc_sglang.attention_cpu import register_attention_cpu
+
+        register_attention_cpu()
     if RkscConfig.from_env() is None:
         return
 

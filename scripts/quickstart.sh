@@ -28,10 +28,13 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$sources" ]; then
   rm -f "$stamp"
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
-    "$python" -m venv "$venv" || fail "could not create $venv with $python -m venv"
+    "$python" -m venv "$venv" || {
+      rm -rf "$venv"
+      fail "could not create $venv with $python -m venv"
+    }
   fi
   echo "Installing into $venv: the first time this takes about 6 minutes and 11 GB ..."
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root" ||
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$root" ||
     fail "the installation failed, see the message of pip above"
   echo "$sources" >"$stamp"
 fi

@@ -33,25 +33,31 @@ def is_publishing(req: Req) -> bool:
     )
 
 
-def gains_by_waiting(req: Req, leader: Req, min_tokens: int, page_size: int) -> bool:
-    """Whether ``req`` would find at least ``min_tokens`` more cached tokens after ``leader``.
+def tokens_worth_waiting_for(req: Req, min_tokens: int, page_size: int) -> int | None:
+    """How long a cached prefix must become for the wait to pay, None if it cannot.
 
-    Both requests have been matched against the tree: their first ``prefix_len`` tokens are cached.
+    The request has been matched against the tree: its first ``prefix_len`` tokens are cached.
     """
-    if req.extra_key != leader.extra_key or req.cache_salt != leader.cache_salt:
-        return False
-    start = req.prefix_len
     # The last prompt token is always computed, and so is what the client wants logprobs of.
     usable = len(req.full_untruncated_fill_ids) - 1
     if req.return_logprob and req.logprob_start_len >= 0:
         usable = min(usable, req.logprob_start_len)
-    # Whole pages only. A tail of the leader's that fills no page is not shared.
-    end = -(-(start + min_tokens) // page_size) * page_size
-    if end > usable or end > len(leader.full_untruncated_fill_ids):
-        return False
+    # Whole pages only: a tail that fills no page is not shared.
+    wanted = -(-(req.prefix_len + min_tokens) // page_size) * page_size
+    return wanted if wanted <= usable else None
+
+
+def will_publish(leader: Req, req: Req, wanted: int) -> bool:
+    """Whether the tree will hold the first ``wanted`` tokens of ``req`` once ``leader`` is done."""
     ours, theirs = req.full_untruncated_fill_ids, leader.full_untruncated_fill_ids
-    # Unrelated prompts part within the first few tokens behind the cached prefix: look there first.
-    return ours[start:end] == theirs[start:end] and ours[:start] == theirs[:start]
+    return (
+        wanted <= len(theirs)
+        # One token tells most unrelated prompts apart, also behind a common chat template.
+        and ours[wanted - 1] == theirs[wanted - 1]
+        and ours[:wanted] == theirs[:wanted]
+        and req.extra_key == leader.extra_key
+        and req.cache_salt == leader.cache_salt
+    )
 
 
 class RootFirstPrefillAdder(PrefillAdder):
@@ -75,9 +81,9 @@ class RootFirstPrefillAdder(PrefillAdder):
 
     def _should_hold(self, req: Req) -> bool:
         try:
-            return any(
-                gains_by_waiting(req, leader, self.min_tokens, self.page_size)
-                for leader in self._leaders()
+            wanted = tokens_worth_waiting_for(req, self.min_tokens, self.page_size)
+            return wanted is not None and any(
+                will_publish(leader, req, wanted) for leader in self._leaders()
             )
         except Exception:
             logger.exception("RKSC root-first failed for %s: admitted at once", req.rid)

@@ -6,6 +6,7 @@ Two passes over the same questions: with RKSC, then with the radix cache off.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -96,7 +97,9 @@ def run_pass(
 ) -> Pass:
     """All questions on a server of their own, which is gone afterwards."""
     flags = [*SERVER_FLAGS, *PASSES[name]]
-    with ServerProcess(flags, log=log, port=args.port) as server:
+    # SGLang leaves its sockets behind in the temporary directory.
+    env = {"TMPDIR": str(log.parent)}
+    with ServerProcess(flags, log=log, port=args.port, env=env) as server:
         from rksc_sglang.demo.display import Pass, outcome_table, waiting
         from rksc_sglang.demo.program import CountingEndpoint, Outcome, solve
 
@@ -114,11 +117,11 @@ def run_pass(
                 }
                 while running:
                     done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                    # A dead server comes first: it is the reason why programs fail.
-                    if any(future.exception() for future in done):
-                        time.sleep(2)
                     server.check()
                     for future in done:
+                        error = future.exception()
+                        if error is not None:
+                            raise _reason(error, server)
                         number = running.pop(future)
                         outcomes[number] = future.result()
                         show(number, outcomes[number])
@@ -127,6 +130,17 @@ def run_pass(
             # Without waiting: what still runs ends with the server.
             pool.shutdown(wait=False, cancel_futures=True)
         return Pass(name, [outcomes[number] for number in range(len(questions))], seconds)
+
+
+def _reason(error: BaseException, server: ServerProcess) -> ServerFailedError:
+    """Why a program failed: most often because the server is about to be gone."""
+    try:
+        for _ in range(100):
+            server.check()
+            time.sleep(0.1)
+    except ServerFailedError as failure:
+        return failure
+    return ServerFailedError(f"a question failed: {error!r}; the server's log is {server.log}")
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -180,6 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted, the server is stopped", 130)
+    except BrokenPipeError:
+        return 1  # whoever read the output has gone
+    except OSError as error:
+        return _fail(error, 1)
     except SystemExit as error:
         return int(error.code or 0)
 
@@ -195,7 +213,7 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     # SGLang's frontend leaves threads behind when a program is cut short; they would be waited for.
     os._exit(code)

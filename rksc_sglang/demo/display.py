@@ -14,23 +14,22 @@ from rich.table import Table
 from rksc_sglang.demo.program import Outcome
 from rksc_sglang.demo.questions import Question
 
-#: Column, width in plain lines, alignment.
+#: Column, width, alignment. The first one gives way on a narrow terminal.
 _COLUMNS = (
-    ("question", 28, "<"),
-    ("answer", 19, "<"),
+    ("question", 30, "<"),
+    ("answer", 14, "<"),
     ("votes", 5, ">"),
-    ("verdict", 11, "<"),
+    ("verdict", 7, ">"),
     ("shared", 6, ">"),
     ("computed", 8, ">"),
-    ("s", 5, ">"),
+    ("seconds", 7, ">"),
     ("", 5, "<"),
 )
-
 _NOTES = """\
 Shared and computed are prompt tokens: of the prefix of the branches, which is computed once a \
 question, of the branches, and of the verifications. Generated are the tokens of the answers.
-The verdict is the branch that the model prefers when asked about each, and how sure it is. A model \
-this small is no verifier, so the votes choose the answer, and verdicts only break ties."""
+The verdict is the branch that the model prefers when asked about each, and how sure it is. A \
+model this small is no verifier, so the votes choose the answer, and verdicts only break ties."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,14 @@ def outcome_table(
     outcomes: dict[int, Outcome] = {}
 
     def table() -> Table:
-        result = Table(title=title, title_justify="left")
-        for name, width, align in _COLUMNS:
+        result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        rest = sum(width + 1 for _, width, _ in _COLUMNS[1:])
+        for column, (name, width, align) in enumerate(_COLUMNS):
             result.add_column(
                 name,
                 justify="right" if align == ">" else "left",
                 no_wrap=True,
-                max_width=width,
+                width=width if column else max(8, min(width, console.width - rest - 1)),
             )
         for number, question in enumerate(questions):
             result.add_row(*map(escape, _cells(question, outcomes.get(number))))
@@ -108,7 +108,7 @@ def outcome_table(
 def print_summary(console: Console, passes: Sequence[Pass]) -> None:
     """The passes side by side, and what the second one cost in terms of the first."""
     first = passes[0]
-    table = Table(title="Summary, in tokens and seconds", title_justify="left")
+    table = Table(title="\nSummary", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("", "right", "shared", "computed", "generated", "seconds"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for run in passes:
@@ -135,14 +135,12 @@ def print_summary(console: Console, passes: Sequence[Pass]) -> None:
 def _cells(question: Question, outcome: Outcome | None) -> list[str]:
     texts = [question.text, *[""] * (len(_COLUMNS) - 1)]
     if outcome is not None:
-        verdict = outcome.verdict
-        winner, label, score = verdict.winner, "", None
-        if winner is not None:
-            label, score = verdict.verdicts[winner] or "", verdict.scores[winner]
+        winner = outcome.verdict.winner
+        score = None if winner is None else outcome.verdict.scores[winner]
         texts[1:] = [
             outcome.answer or "-",
             f"{outcome.votes}/{outcome.branches}",
-            f"#{winner} {label} {score:.2f}" if score is not None else "none",
+            f"#{winner} {score:.2f}" if score is not None else "none",
             str(outcome.shared),
             str(outcome.computed),
             f"{outcome.seconds:.1f}",
@@ -158,7 +156,7 @@ def _plain(cells: Sequence[str]) -> str:
 
 def _shorten(text: str, width: int) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _print_line(console: Console, text: str) -> None:

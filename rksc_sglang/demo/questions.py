@@ -94,8 +94,8 @@ def _parse(line: bytes) -> Question:
         raw = json.loads(line.decode())
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(raw, dict):
         raise ValueError('expected an object with "question" and "answer"')
     for name in ("question", "answer"):

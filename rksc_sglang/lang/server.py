@@ -14,7 +14,7 @@ from sglang.utils import http_request
 
 
 class ServerError(RuntimeError):
-    """The server refused a request of RKSC's frontend."""
+    """The server refused a request of RKSC's frontend, or did not answer."""
 
 
 class Server:
@@ -30,7 +30,7 @@ class Server:
         """Whether RKSC is on there; warns once for a server where it is not."""
         with self._lock:
             if self._has_rksc is None:
-                self._has_rksc = self._get("/rksc/status").status_code == 200
+                self._has_rksc = self._request("/rksc/status").status_code == 200
                 if not self._has_rksc:
                     warnings.warn(
                         f"{self._endpoint.base_url} runs SGLang without RKSC: programs work as "
@@ -43,15 +43,9 @@ class Server:
         """Send JSON, return the answer's JSON.
 
         Raises:
-            ServerError: the answer was no success; the message is the server's.
+            ServerError: there was no answer, or no success; the message is the server's.
         """
-        endpoint = self._endpoint
-        answer = http_request(
-            endpoint.base_url + path,
-            json=dict(body),
-            api_key=endpoint.api_key,
-            verify=endpoint.verify,
-        )
+        answer = self._request(path, dict(body))
         if answer.status_code != 200:
             raise ServerError(f"POST {path} answered {answer.status_code}: {answer.text}")
         return answer.json()
@@ -67,11 +61,17 @@ class Server:
             return []
         return self.post("/rksc/branches", {"group": group, "states": states})["aborted"]
 
-    def _get(self, path: str) -> Any:
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         endpoint = self._endpoint
-        return http_request(
-            endpoint.base_url + path, api_key=endpoint.api_key, verify=endpoint.verify
-        )
+        try:
+            return http_request(
+                endpoint.base_url + path,
+                json=body,
+                api_key=endpoint.api_key,
+                verify=endpoint.verify,
+            )
+        except OSError as error:
+            raise ServerError(f"{endpoint.base_url} does not answer: {error}") from error
 
 
 _servers: weakref.WeakKeyDictionary[RuntimeEndpoint, Server] = weakref.WeakKeyDictionary()

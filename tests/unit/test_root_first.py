@@ -4,7 +4,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rksc_sglang.asks.root_first import gains_by_waiting, is_publishing, make_adder_class
+from rksc_sglang.asks.root_first import (
+    is_publishing,
+    make_adder_class,
+    tokens_worth_waiting_for,
+    will_publish,
+)
 from rksc_sglang.serving.radix_cache import RkscRadixCache
 
 PREFIX = list(range(100, 160))
@@ -139,5 +144,6 @@ def test_gain_equals_what_a_match_behind_the_leader_would_find(
     # What is cached already is a whole number of pages, and known to the match.
     req.prefix_len = min(cached, max(len(ours) - 1, 0)) // page_size * page_size
     after = min(common, max(len(ours) - 1, 0)) // page_size * page_size
-    gains = gains_by_waiting(req, leader, min_tokens, page_size)
+    wanted = tokens_worth_waiting_for(req, min_tokens, page_size)
+    gains = wanted is not None and will_publish(leader, req, wanted)
     assert gains == (after >= req.prefix_len + min_tokens)
