@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rksc_sglang.demo.server import ServerProcess
+from rksc_sglang.server_process import ServerProcess
 
 Row = dict[str, Any]
 

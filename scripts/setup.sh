@@ -5,17 +5,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "rksc: error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2
+fail() {
+    echo "rksc: error: $*" >&2
     exit 1
-fi
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+}
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+    fail "Python 3.10 or newer is needed, and $python is not; set PYTHON to one that is"
 
 # The package is installed in editable form, so only its requirements can be out of date.
-stamp=.venv/rksc-$("$python" -c 'import hashlib, sys
-print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.argv[1].encode()).hexdigest()[:16])' "$extras")
-[ -e "$stamp" ] && exit 0
-echo "Installing into .venv: SGLang and what it needs, about 11 GB and 7 minutes ..." >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+stamp=.venv/rksc-$(echo "$extras" | cat - pyproject.toml | cksum | cut -d' ' -f1)
+if [ -e "$stamp" ]; then exit 0; fi
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    rm -rf .venv
+    "$python" -m venv .venv || fail "could not create .venv with $python -m venv"
+fi
+echo "Installing into .venv: the first time this takes about 7 minutes and 11 GB ..." >&2
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}" ||
+    fail "the installation failed, see the message of pip above"
 touch "$stamp"

@@ -12,8 +12,8 @@ from typing import Any
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
-from rksc_sglang.lang.executor import settle
 from rksc_sglang.lang.branches import BranchGroup
+from rksc_sglang.lang.executor import settle
 from rksc_sglang.lang.node import SglVerdict
 from rksc_sglang.lang.scoring import LabelScores, Question, VerifyError, make_question, score
 

@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import requests
 
-READY_SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-class Server:
-    """``python -m rksc_sglang.launch_server`` in a process group of its own."""
-
-    def __init__(self, log: Path, *flags: str) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "rksc_sglang.launch_server", "--port", str(port), *flags],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait_ready(self) -> str:
-        deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-                if requests.get(self.url + "/ready", timeout=5).status_code == 200:
-                    return self.url
-            time.sleep(0.5)
-        raise RuntimeError(f"no server: {self.log.read_text()[-3000:]}")
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+from rksc_sglang.server_process import ServerProcess
 
 
 @contextlib.contextmanager
 def serving(logs: Path, **flags: Sequence[str]) -> Iterator[dict[str, str]]:
     """Start one server a keyword, together; gives their URLs."""
-    running = {name: Server(logs / f"{name}.log", *flags[name]) for name in flags}
-    try:
-        yield {name: server.wait_ready() for name, server in running.items()}
-    finally:
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(ServerProcess(flags[name], log=logs / f"{name}.log"))
+            for name in flags
+        }
         for server in running.values():
-            server.stop()
+            server.wait_ready()
+        yield {name: server.url for name, server in running.items()}
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from rksc_sglang.demo.questions import (
     load_questions,
     vote,
 )
-from rksc_sglang.demo.server import ServerFailedError, ServerProcess, free_port
+from rksc_sglang.server_process import ServerFailedError, ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +198,7 @@ def test_server_dies_with_its_killed_owner(tmp_path: Path, fake_server: str) -> 
             sys.executable,
             "-c",
             "import pathlib, sys, time\n"
-            "from rksc_sglang.demo.server import ServerProcess\n"
+            "from rksc_sglang.server_process import ServerProcess\n"
             "with ServerProcess([], log=pathlib.Path(sys.argv[1]), module=sys.argv[2]) as server:\n"
             "    server.wait_ready(timeout=30)\n"
             "    print('ready', flush=True)\n"
