@@ -24,9 +24,10 @@ CPU_FLAGS = {
     "--sleep-on-idle": None,
 }
 
-#: SGLang sizes the KV pool by free memory; on a CPU that is the user's own, and 64 Ki tokens of the
-#: embedded model are 3 GB.
-EMBEDDED_FLAGS = {"--max-total-tokens": "65536"}
+#: SGLang sizes the KV pool by free memory, which on a CPU is the user's own: 64 Ki tokens of the
+#: embedded model are 3 GB. The fraction only matters to SGLang's check that they fit, which fails
+#: at its default when other programs take memory during the start.
+EMBEDDED_FLAGS = {"--max-total-tokens": "65536", "--mem-fraction-static": "0.95"}
 
 #: SGLang's fields that select a process layout or a cache that RKSC is not in, and why.
 UNSUPPORTED_FIELDS = {

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: 16 Ki tokens, 0.8 GB, are enough for the questions in work. The fraction is of the memory that is
 #: free at start; with SGLang's default, whatever else takes memory meanwhile can stop the server.
-SERVER_FLAGS = ("--max-total-tokens", "16384", "--mem-fraction-static", "0.95")
+SERVER_FLAGS = ("--max-total-tokens", "16384")
 PASSES = {
     "RKSC, mode exact": ("--rksc-mode", "exact"),
     "radix cache off": ("--rksc-mode", "off", "--disable-radix-cache"),

@@ -1,22 +1,6 @@
-import os
-import subprocess
-import sys
-
 import pytest
 
 from rksc_sglang import compat
-from rksc_sglang.config import ENV_VAR, RkscConfig
-
-
-def run(code: str, **env: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**{k: v for k, v in os.environ.items() if k != ENV_VAR}, **env},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize("seam", compat.SEAMS, ids=lambda seam: seam.method)
@@ -48,27 +32,6 @@ def test_a_plugin_that_did_not_run_is_noticed():
     # This process loaded no plugin, so SGLang's scheduler is its own.
     with pytest.raises(compat.CompatError, match="scheduler was not replaced"):
         compat.check_registrations()
-
-
-def test_the_plugin_registers_everything_when_rksc_is_asked_for(monkeypatch):
-    monkeypatch.setenv(ENV_VAR, "")  # to_env() sets it: have it restored behind this test
-    RkscConfig().to_env()
-    env = {ENV_VAR: os.environ[ENV_VAR]}
-    code = (
-        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
-        "from rksc_sglang import compat; compat.check_registrations(); print('ok')"
-    )
-    assert run(code, **env).endswith("ok\n")
-
-
-def test_without_a_configuration_the_plugin_leaves_sglang_alone():
-    code = (
-        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
-        "from sglang.srt.managers import scheduler\n"
-        "from sglang.srt.mem_cache.registry import registered_radix_cache_backends as names\n"
-        "print(scheduler.Scheduler.__module__, 'rksc' in names())"
-    )
-    assert run(code).endswith("sglang.srt.managers.scheduler False\n")
 
 
 def test_the_interpreter_hook_notices_an_executor_that_ignores_nodes():
