@@ -144,7 +144,7 @@ def main() -> None:
     conditions = [
         Condition(backend, [*flags, "--attention-backend", backend]) for backend in BACKENDS
     ]
-    repeats = 3 if args.quick else 15
+    repeats = 2 if args.quick else 15
     harness.run("benchmarks.cpu_attention", args, conditions, make_cases(texts), repeats)
 
 
