@@ -22,30 +22,9 @@ from benchmarks.harness import Case, Condition, Row, stream, together
 from benchmarks.statistics import geometric_mean_ratio
 from benchmarks.text import Passages, machine_texts, question_texts
 from rksc_sglang.models.smollm2 import ensure_smollm2
+from rksc_sglang.models.tiny import make_tiny_llama
 
 MODELS = ("smollm2", "tiny")
-
-
-def make_tiny_model(path: Path) -> Path:
-    """A random Llama of 2 layers behind SmolLM2's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(ensure_smollm2())
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def make_cases(group: str, texts: Callable[[random.Random], Passages]) -> list[Case]:
@@ -126,8 +105,9 @@ def main() -> None:
         return Passages(source, rng.getrandbits(32))
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny = make_tiny_model(Path(folder) / "tiny")
-        paths = {"smollm2": str(ensure_smollm2()), "tiny": str(tiny)}
+        smollm2 = ensure_smollm2()
+        tiny = make_tiny_llama(Path(folder) / "tiny", smollm2)
+        paths = {"smollm2": str(smollm2), "tiny": str(tiny)}
         conditions = [
             Condition(
                 f"{group}-{name}",

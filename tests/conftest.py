@@ -21,29 +21,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two random Llama layers behind SmolLM2's tokenizer: the real code paths at toy cost.
+    """Two random Llama layers behind SmolLM2's tokenizer."""
+    from rksc_sglang.models.tiny import make_tiny_llama
 
-    Weights are drawn wide, so that the top two logits are seldom close to each other.
-    """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", smollm2)
