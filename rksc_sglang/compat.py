@@ -31,6 +31,7 @@ _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerO
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
 
 SEAMS = (
     Seam(_SCHEDULER, "get_prefill_adder_class", ()),
@@ -38,6 +39,9 @@ SEAMS = (
     Seam(_SCHEDULER, "_create_generation_req", ("recv_req", "args", "kwargs")),
     Seam(_SCHEDULER, "get_init_info", ()),
     Seam(_SCHEDULER, "get_internal_state", ("recv_req",)),
+    Seam(_SCHEDULER, "run_batch", ("batch", "pp_proxy_tensors")),
+    Seam(_SCHEDULER, "on_idle", ()),
+    Seam(_STREAMER, "stream_output", ("reqs", "return_logprob", "skip_req")),
     Seam(_STREAMER, "build_additional_customized_info", ("reqs",)),
     Seam(_STREAMER, "is_request_level_customized_info_key", ("key",)),
     Seam(_ADDER, "add_one_req", ("req", "has_chunked_req", "truncation_align_size")),
@@ -52,6 +56,15 @@ SEAMS = (
     Seam(_CACHE, "insert", ("params",)),
     Seam(_CACHE, "evict", ("params",)),
     Seam(_CACHE, "evict_for_alloc", ("params", "allocation_reclaim_satisfied")),
+    Seam(_CACHE, "reset", ()),
+    Seam(_CACHE, "init_load_back", ("params",)),
+    Seam(_CACHE, "load_back_is_cache_owned", ()),
+    Seam(_CACHE, "prefix_device_indices", ("req",)),
+    Seam(_CACHE, "claim_kv_row", ("req",)),
+    Seam(_CACHE, "on_release", ("req", "checkpointed")),
+    Seam(_CACHE, "release_aborted_request", ("request",)),
+    Seam(_CORE, "evict_device_next_node", ("component_type", "tracker")),
+    Seam(_CORE, "evict_device_leaf", ("node_id", "is_write_back")),
 )
 
 

@@ -7,10 +7,11 @@ environment variable, which is how the settings reach the processes that SGLang 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,19 @@ class ConfigError(ValueError):
     """A setting has a wrong value; the message names the flag."""
 
 
-def _setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _setting(
+    default: Any,
+    help: str,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    type_: type | None = None,
+) -> Any:
+    """A field; ``type_`` where the default None does not tell it."""
+    limits = {"choices": choices, "least": least, "most": most}
+    return field(
+        default=default, metadata={"help": help, "type_": type_ or type(default), **limits}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +68,59 @@ class RkscConfig:
         "so that the prefix is computed once",
     )
     root_first_min_tokens: int = _setting(
-        32, "shortest uncached shared prefix, in tokens, that is worth holding a request back for"
+        32,
+        "shortest uncached shared prefix, in tokens, that is worth holding a request back for",
+        least=1,
+    )
+    tau: float | None = _setting(
+        None,
+        "least similarity of two contexts, 0 to 1, at which text behind the one is spliced behind "
+        "the other, where a request does not say; without it the model's profile decides, and "
+        "0.80 in mode paper",
+        least=0,
+        most=1,
+        type_=float,
+    )
+    splice_head: int = _setting(
+        16, "tokens recomputed at the head of each run of text that is spliced", least=1
+    )
+    splice_min_tokens: int = _setting(
+        48, "shortest run, in tokens behind its head, that is spliced", least=1
+    )
+    guard_share: float = _setting(
+        0.02,
+        "share of the spliced requests that are computed again exactly, when the server is idle, "
+        "to see what splicing does to them",
+        least=0,
+        most=1,
+    )
+    guard_max_disagreement: float = _setting(
+        0.05,
+        "share of first tokens changed by splicing beyond which it is ended for a tenant",
+        least=0.001,
+        most=1,
+    )
+    guard_max_kl: float = _setting(
+        0.05,
+        "mean KL divergence of first tokens, in nats, beyond which splicing is ended for a tenant",
+        least=0.001,
+        most=1,
     )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value, default = getattr(self, f.name), f.default
-            # bool is an int to Python, but not to a user.
-            if type(value) is not type(default):
-                raise ConfigError(
-                    f"{flag(f.name)}: expected {type(default).__name__}, got {value!r}"
-                )
-            choices = f.metadata["choices"]
-            if choices is not None and value not in choices:
-                raise ConfigError(
-                    f"{flag(f.name)}: expected one of {', '.join(choices)}; got {value!r}"
-                )
-        if self.root_first_min_tokens < 1:
-            raise ConfigError(
-                f"{flag('root_first_min_tokens')}: must be at least 1, "
-                f"got {self.root_first_min_tokens}"
-            )
+            value = getattr(self, f.name)
+            if value is not None or f.default is not None:
+                _check(f.name, value, f.metadata)
 
     @property
     def enabled(self) -> bool:
         return self.mode != "off"
+
+    @property
+    def approximate(self) -> bool:
+        """Whether requests may share approximate KV, and do so where they do not say."""
+        return self.mode in ("balanced", "paper")
 
     def to_env(self) -> None:
         """Publish to this process's environment, which SGLang's processes inherit."""
@@ -94,6 +134,19 @@ class RkscConfig:
         """The configuration that the launcher published, or None when RKSC was not asked for."""
         text = os.environ.get(ENV_VAR)
         return cls(**json.loads(text)) if text else None
+
+
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    # bool is an int to Python, but not to a user.
+    if type(value) is not limits["type_"]:
+        raise ConfigError(f"{flag(name)}: expected {limits['type_'].__name__}, got {value!r}")
+    choices, least, most = limits["choices"], limits["least"], limits["most"]
+    if choices is not None and value not in choices:
+        raise ConfigError(f"{flag(name)}: expected one of {', '.join(choices)}; got {value!r}")
+    if least is not None and value < least:
+        raise ConfigError(f"{flag(name)}: must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ConfigError(f"{flag(name)}: must be at most {most}, got {value}")
 
 
 def flag(name: str) -> str:
@@ -125,8 +178,9 @@ def from_flags(namespace: argparse.Namespace) -> RkscConfig:
     values: dict[str, Any] = {}
     for f in dataclasses.fields(RkscConfig):
         value = getattr(namespace, f"rksc_{f.name}", f.default)
-        if isinstance(value, str) and isinstance(f.default, int):
+        if isinstance(value, str) and f.metadata["type_"] in (int, float):
             # What is no number stays a string, which __post_init__ refuses.
-            value = int(value) if value.lstrip("-").isdigit() else value
+            with contextlib.suppress(ValueError):
+                value = f.metadata["type_"](value)
         values[f.name] = value
     return RkscConfig(**values)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
@@ -66,7 +66,7 @@ class RootFirstPrefillAdder(PrefillAdder):
     Subclass attributes are set by :func:`make_adder_class`.
     """
 
-    min_tokens: int
+    min_tokens: int | None  # None: off
     on_held: Callable[[Req], None]
     on_error: Callable[[str], None]
 
@@ -80,6 +80,8 @@ class RootFirstPrefillAdder(PrefillAdder):
         return super().add_one_req(req, has_chunked_req, truncation_align_size)
 
     def _should_hold(self, req: Req) -> bool:
+        if self.min_tokens is None:
+            return False
         try:
             wanted = tokens_worth_waiting_for(req, self.min_tokens, self.page_size)
             return wanted is not None and any(
@@ -99,15 +101,20 @@ class RootFirstPrefillAdder(PrefillAdder):
 
 
 def make_adder_class(
-    min_tokens: int, on_held: Callable[[Req], None], on_error: Callable[[str], None]
+    min_tokens: int | None,
+    on_held: Callable[[Req], None],
+    on_error: Callable[[str], None],
+    base: type[RootFirstPrefillAdder] = RootFirstPrefillAdder,
+    **attributes: Any,
 ) -> type[RootFirstPrefillAdder]:
     """The class for ``Scheduler.get_prefill_adder_class``, which constructs it anew each pass."""
     return type(
-        "RootFirstPrefillAdder",
-        (RootFirstPrefillAdder,),
+        base.__name__,
+        (base,),
         {
             "min_tokens": min_tokens,
             "on_held": staticmethod(on_held),
             "on_error": staticmethod(on_error),
+            **attributes,
         },
     )

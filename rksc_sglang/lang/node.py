@@ -35,7 +35,12 @@ class SglVerdict(SglGen):
 
 
 def gen_verdict(
-    name: str, question: str | None = None, labels: Sequence[str] | None = None
+    name: str,
+    question: str | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    system: str | None = None,
+    share: str | None = None,
 ) -> SglVerdict:
     """``s += rksc.gen_verdict("ok")``: ask about the state so far, without adding to it.
 
@@ -48,9 +53,10 @@ def gen_verdict(
             answer is correct.
         labels: the possible answers, each a single token of the model in that place; None
             stands for YES and NO, or Yes and No, or yes and no, whichever are.
+        system, share: as in ``rksc.verify``.
 
     Raises:
         VerifyError: a wrong argument, named. Labels that do not fit the model's tokenizer show
             when the node runs.
     """
-    return SglVerdict(name, make_question(question, labels))
+    return SglVerdict(name, make_question(question, labels, system, share))

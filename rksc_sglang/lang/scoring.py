@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.lang.interpreter import StreamExecutor
 
-from rksc_sglang.contract import KEY, RequestContract, VerifyContract
+from rksc_sglang.contract import KEY, SHARES, RequestContract, VerifyContract
 from rksc_sglang.lang.executor import contract_of_executor
 from rksc_sglang.lang.server import Server, server_of
 
@@ -46,10 +46,16 @@ YES_NO = (("YES", "NO"), ("Yes", "No"), ("yes", "no"))
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask about a branch; ``text`` and ``labels`` None stand for a plain yes or no."""
+    """What to ask about a branch; ``text`` and ``labels`` None stand for a plain yes or no.
+
+    ``system`` puts the branch's text behind a system prompt of the verifier's own; ``share`` says
+    whether the KV of that text may be taken over all the same.
+    """
 
     text: str | None = None
     labels: tuple[str, ...] | None = None
+    system: str | None = None
+    share: str | None = None
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The question's text and labels, in each form that may be tried."""
@@ -58,21 +64,29 @@ class Question:
             yield self.text or f"Is the answer above correct? Reply with {answers}.", labels
 
 
-def make_question(text: str | None, labels: Sequence[str] | None) -> Question:
+def make_question(
+    text: str | None,
+    labels: Sequence[str] | None,
+    system: str | None = None,
+    share: str | None = None,
+) -> Question:
     """Check what a program asks, before any server sees it.
 
     Raises:
         VerifyError: naming the argument that is wrong.
     """
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise VerifyError(f"question: expected some text, got {text!r}")
+    for name, value in (("question", text), ("system", system)):
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise VerifyError(f"{name}: expected some text, got {value!r}")
+    if share is not None and share not in SHARES:
+        raise VerifyError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
     if labels is None:
-        return Question(text)
+        return Question(text, None, system, share)
     if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
         raise VerifyError(f"labels: expected a list of non-empty strings, got {labels!r}")
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise VerifyError(f"labels: expected at least two different ones, got {list(labels)}")
-    return Question(text, tuple(labels))
+    return Question(text, tuple(labels), system, share)
 
 
 def question_text(executor: StreamExecutor, question: str) -> str:
@@ -92,6 +106,26 @@ def question_text(executor: StreamExecutor, question: str) -> str:
     messages = [*messages, {"role": "user", "content": question}]
     opening, _ = template.get_prefix_and_suffix("assistant", messages)
     return f"{text}{prefix}{question}{suffix}{opening}"
+
+
+def candidate_text(executor: StreamExecutor, system: str | None) -> str:
+    """The branch's own text, behind the verifier's system prompt where it has one.
+
+    In a chat program that prompt takes the place of the branch's; in a plain text program it is a
+    paragraph in front of the text.
+    """
+    if system is None:
+        return executor.text_
+    template, messages = executor.chat_template, executor.messages_
+    if executor.cur_role is None and not messages:
+        return f"{system}\n\n{executor.text_}"
+    prefix, suffix = template.get_prefix_and_suffix("system", [])
+    own = ""
+    if messages and messages[0]["role"] == "system":
+        own = f"{prefix}{messages[0]['content']}{suffix}"
+    if not executor.text_.startswith(own):
+        raise VerifyError("system: the branch's own system prompt is not at its beginning")
+    return f"{prefix}{system}{suffix}{executor.text_[len(own) :]}"
 
 
 _label_caches: weakref.WeakKeyDictionary[Server, Any] = weakref.WeakKeyDictionary()
@@ -152,7 +186,7 @@ def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
 def score(executor: StreamExecutor, question: Question) -> LabelScores:
     """Ask ``question`` behind the executor's text and read the labels' probabilities.
 
-    The executor's own text stays as it is. Exact: one forward pass over the new tokens.
+    The executor's own text stays as it is. One forward pass over the new tokens.
 
     Raises:
         VerifyError: the labels do not fit, or the backend is no SGLang server.
@@ -165,11 +199,15 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
         )
     suffix, labels, tokens = _fit(executor, server, question)
     contract = contract_of_executor(executor) or RequestContract()
-    contract = replace(contract, verify=VerifyContract(labels=labels))
+    contract = replace(
+        contract,
+        verify=VerifyContract(labels=labels),
+        share=question.share or contract.share,
+    )
     answer = server.post(
         "/generate",
         {
-            "text": executor.text_ + suffix,
+            "text": candidate_text(executor, question.system) + suffix,
             "sampling_params": {
                 "max_new_tokens": 1,
                 "temperature": 0,

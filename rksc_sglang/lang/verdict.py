@@ -32,6 +32,7 @@ class Verdict:
         skipped: branch -> why it was not verified.
         prompt_tokens: of all verification prompts together.
         computed_tokens: of those, the ones that were not in the KV cache.
+        spliced_tokens: of those, the ones whose KV was computed behind another context.
         seconds: wall-clock time of the whole call, waiting for unfinished branches included.
     """
 
@@ -43,6 +44,7 @@ class Verdict:
     skipped: dict[int, str] = field(default_factory=dict)
     prompt_tokens: int = 0
     computed_tokens: int = 0
+    spliced_tokens: int = 0
     seconds: float = 0.0
 
 
@@ -52,11 +54,15 @@ def verify(
     *,
     question: str | None = None,
     labels: Sequence[str] | None = None,
+    system: str | None = None,
+    share: str | None = None,
 ) -> Verdict:
     """Ask the model about each branch and pick a winner.
 
-    Exact: each question continues its branch's own cached KV, so it costs its own few tokens. A
-    branch is asked as soon as it has finished, while others still generate.
+    Each question continues its branch's own cached KV, so it costs its own few tokens. With a
+    system prompt of the verifier's own it continues no cached prefix: then the branch's text is
+    computed again, unless ``share="similar"`` lets the server take its KV over.
+    A branch is asked as soon as it has finished, while others still generate.
 
     Args:
         branches: from ``rksc.fork``, or any states of programs on one SGLang server.
@@ -64,12 +70,15 @@ def verify(
         question: what to ask behind the branch's text; None asks whether the answer is correct.
         labels: possible answers, the good one first, each one token of the model in that place;
             None stands for YES and NO, or Yes and No, or yes and no, whichever are.
+        system: a system prompt for the verification, in the place of the branches' own.
+        share: "exact", or "similar" to let the server share KV of equal text behind different
+            prefixes; None leaves it to what the branch was forked with.
 
     Raises:
         VerifyError: no branches, or labels that collide or do not fit, by name.
     """
     start = time.perf_counter()
-    asked_for = make_question(question, labels)
+    asked_for = make_question(question, labels, system, share)
     states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
     if not states:
         raise VerifyError("branches: expected at least one")
@@ -112,6 +121,7 @@ def verify(
         skipped={b: o for b, o in enumerate(outcomes) if isinstance(o, str)},
         prompt_tokens=sum(o.prompt_tokens for o in asked.values()),
         computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
+        spliced_tokens=sum((o.rksc or {}).get("spliced_tokens", 0) for o in asked.values()),
         seconds=time.perf_counter() - start,
     )
 

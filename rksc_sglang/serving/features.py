@@ -20,12 +20,15 @@ class Feature:
         return f"{self.name}: on" if self.on else f"{self.name}: off ({self.reason})"
 
 
-def decide(config: RkscConfig, *, has_radix_cache: bool, has_mamba: bool) -> tuple[Feature, ...]:
+def decide(
+    config: RkscConfig, *, has_radix_cache: bool, has_mamba: bool, splice_reason: str | None
+) -> tuple[Feature, ...]:
     """Decide at start, from the configuration and what the model's cache can do.
 
     Args:
         has_radix_cache: the server's tree cache is RKSC's.
         has_mamba: the model keeps recurrent state beside its KV.
+        splice_reason: why nothing can be spliced, None where it can.
     """
     if not config.root_first:
         root_first = Feature("root_first", False, "--no-rksc-root-first")
@@ -35,12 +38,9 @@ def decide(config: RkscConfig, *, has_radix_cache: bool, has_mamba: bool) -> tup
         root_first = Feature("root_first", False, "recurrent state is matched at admission")
     else:
         root_first = Feature("root_first", True)
-    return (root_first, _approximate("splice", config), _approximate("layer_exit", config))
-
-
-def _approximate(name: str, config: RkscConfig) -> Feature:
-    reason = "mode exact" if config.mode == "exact" else "not in this version, served exactly"
-    return Feature(name, False, reason)
+    splice = Feature("splice", splice_reason is None, splice_reason)
+    reason = "not in this version, served exactly" if config.approximate else "mode exact"
+    return (root_first, splice, Feature("layer_exit", False, reason))
 
 
 def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) -> str | None:

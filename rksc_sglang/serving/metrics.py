@@ -11,6 +11,11 @@ SCHEDULER_COUNTERS = {
     "requests": "requests that carried an rksc contract",
     "held_requests": "requests that root-first fan-out held back at least once",
     "fallbacks": "requests that asked for an approximation and were served exactly",
+    "spliced_requests": "requests that took over KV computed behind another context",
+    "stages": "prefills of our own that prepared a splice",
+    "gate_refusals": "runs of cached text not spliced because their contexts were too different",
+    "shadows": "spliced requests that the guard computed again exactly",
+    "guard_trips": "tenants for whom the guard ended splicing",
     "errors": "failures inside RKSC that were answered by exact serving",
 }
 

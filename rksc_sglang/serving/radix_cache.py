@@ -17,6 +17,8 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from rksc_sglang.config import RkscConfig
+
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
@@ -66,4 +68,9 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     """
     if ctx.disable_radix_cache or (ctx.is_hybrid_swa and ctx.full_tokens_per_layer == 0):
         return default_radix_cache_factory(ctx)
-    return create_unified_radix_cache(ctx, cache_class=RkscRadixCache)
+    config = RkscConfig.from_env()
+    if config is None or not config.approximate:
+        return create_unified_radix_cache(ctx, cache_class=RkscRadixCache)
+    from rksc_sglang.serving.splicing_cache import SplicingRadixCache
+
+    return create_unified_radix_cache(ctx, cache_class=SplicingRadixCache)

@@ -9,16 +9,23 @@ from sglang.srt.managers import scheduler as stock
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from rksc_sglang import compat
+from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
+from rksc_sglang.asks.threshold import threshold
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import KEY, RequestContract, ResponseInfo, contract_of
 from rksc_sglang.serving.features import decide, fallback_reason
+from rksc_sglang.serving.guard import Guard, Limits
+from rksc_sglang.serving.internal import is_internal
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
+from rksc_sglang.serving.probe import CostProbe
 from rksc_sglang.serving.radix_cache import RkscRadixCache
+from rksc_sglang.serving.splice_support import Unsupported, build_splicer
+from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GetInternalStateReq, TokenizedGenerateReqInput
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
 
@@ -26,31 +33,47 @@ class RequestState:
     """What the scheduler keeps of RKSC for one request; ``req.rksc``."""
 
     def __init__(
-        self, contract: RequestContract | None, fallback: str | None, num_layers: int
+        self,
+        contract: RequestContract | None,
+        fallback: str | None,
+        num_layers: int,
+        splice: SpliceState | None,
     ) -> None:
         self.contract = contract
         self.fallback = fallback
         self.num_layers = num_layers
+        self.splice = splice
         self.held = False
 
     def response_info(self, req: Req) -> dict[str, Any]:
+        spliced = self.splice.spliced_tokens if self.splice else 0
         return ResponseInfo(
-            exact_tokens=req.cached_tokens,
+            share="similar" if spliced else "exact",
+            exact_tokens=req.cached_tokens - spliced,
+            spliced_tokens=spliced,
             recomputed_tokens=len(req.origin_input_ids) - req.cached_tokens,
+            similarity=self.splice.similarity if self.splice else None,
             num_layers=self.num_layers,
-            fallback=self.fallback,
+            fallback=self.fallback or (self.splice.reason if self.splice else None),
         ).to_dict()
 
 
 def state_of(req: Req) -> RequestState | None:
-    """RKSC's state of a request; None for what is no generation, embeddings for instance."""
-    return getattr(req, "rksc", None)
+    """RKSC's state of a request; None for requests of our own, and for embeddings."""
+    state = getattr(req, "rksc", None)
+    return state if isinstance(state, RequestState) else None
 
 
 class RkscOutputStreamer(SchedulerOutputStreamer):
     """Adds ``meta_info["rksc"]`` to the responses of requests that carried the contract."""
 
     has_additional_customized_info = True
+
+    def stream_output(
+        self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
+    ) -> None:
+        # Nobody waits for the requests of our own.
+        super().stream_output([r for r in reqs if not is_internal(r)], return_logprob, skip_req)
 
     def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
         infos = [_info_of(req) for req in reqs]
@@ -62,7 +85,12 @@ class RkscOutputStreamer(SchedulerOutputStreamer):
 
 def _info_of(req: Req) -> list[dict[str, Any]]:
     state = state_of(req)
-    return [state.response_info(req)] if state is not None and state.contract is not None else []
+    # What was approximated is said, also to those who did not ask.
+    if state is None or (
+        state.contract is None and not (state.splice and state.splice.spliced_tokens)
+    ):
+        return []
+    return [state.response_info(req)]
 
 
 class RkscScheduler(stock.Scheduler):
@@ -73,24 +101,66 @@ class RkscScheduler(stock.Scheduler):
         assert config is not None, "the plugin registers this class only with a configuration"
         self.rksc_config = config
         super().__init__(*args, **kwargs)
+        collector = self.metrics_collector
+        self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
+        self.rksc_splicer, splice_reason = self._build_splicer()
         self.rksc_features = decide(
             config,
             has_radix_cache=isinstance(self.tree_cache, RkscRadixCache),
             has_mamba=self.tree_cache.supports_mamba(),
+            splice_reason=splice_reason,
         )
-        collector = self.metrics_collector
-        self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
         self.rksc_adder_class = self._make_adder_class()
+        self.rksc_guard, self.rksc_probe = self._watch_splices()
         compat.check_scheduler(self)
 
+    def _build_splicer(self) -> tuple[Splicer | None, str | None]:
+        """The splicer, or None and the reason."""
+        if not self.rksc_config.approximate:
+            return None, f"mode {self.rksc_config.mode}"
+        try:
+            return build_splicer(self, self.rksc_config, self.rksc_counters.add), None
+        except Unsupported as error:
+            return None, str(error)
+
     def _make_adder_class(self) -> type[RootFirstPrefillAdder] | None:
-        if not any(feature.name == "root_first" and feature.on for feature in self.rksc_features):
+        root_first = any(f.name == "root_first" and f.on for f in self.rksc_features)
+        min_tokens = self.rksc_config.root_first_min_tokens if root_first else None
+        if self.rksc_splicer is not None:
+            return make_adder_class(
+                min_tokens,
+                self._count_held,
+                self._count_error,
+                base=SplicingPrefillAdder,
+                splicer=self.rksc_splicer,
+            )
+        if not root_first:
             return None
-        return make_adder_class(
-            self.rksc_config.root_first_min_tokens,
-            on_held=self._count_held,
-            on_error=lambda where: self.rksc_counters.add("errors"),
-        )
+        return make_adder_class(min_tokens, self._count_held, self._count_error)
+
+    def _watch_splices(self) -> tuple[Guard | None, CostProbe | None]:
+        splicer = self.rksc_splicer
+        if splicer is None:
+            return None, None
+
+        def fit_cost(short: tuple[int, float], long: tuple[int, float]) -> None:
+            splicer.cost = CostModel.fit(short, long, splicer.copy_seconds)
+            self.rksc_probe = None
+
+        config, vocab_size = self.rksc_config, self.model_config.vocab_size
+        limits = Limits(config.guard_max_disagreement, config.guard_max_kl)
+
+        def submit(req: Req) -> None:
+            self.waiting_queue.append(req)  # another list after each pass
+
+        guard = Guard(config.guard_share, limits, vocab_size, submit, self.rksc_counters.add)
+        guard.watch(self.tp_worker.model_runner.model)
+        splicer.guard = guard
+        longest = min(self.max_req_input_len - 1, self.max_total_num_tokens // 4)
+        return guard, CostProbe(vocab_size, longest, submit, fit_cost)
+
+    def _count_error(self, where: str) -> None:
+        self.rksc_counters.add("errors")
 
     def _count_held(self, req: Req) -> None:
         state = state_of(req)
@@ -113,12 +183,51 @@ class RkscScheduler(stock.Scheduler):
         # The tokenizer process has refused malformed contracts already.
         contract = contract_of({"custom_params": req.sampling_params.custom_params})
         fallback = fallback_reason(contract, self.rksc_features) if contract else None
-        req.rksc = RequestState(contract, fallback, self.model_config.num_hidden_layers)
+        req.rksc = RequestState(
+            contract,
+            fallback,
+            self.model_config.num_hidden_layers,
+            self._splice_state(req, contract),
+        )
         if contract is not None:
             self.rksc_counters.add("requests")
         if fallback is not None:
             self.rksc_counters.add("fallbacks")
         return req
+
+    def _splice_state(self, req: Req, contract: RequestContract | None) -> SpliceState | None:
+        """For a request that may be spliced; None where it is served exactly."""
+        if self.rksc_splicer is None or (contract is not None and contract.share == "exact"):
+            return None
+        # What is computed from more than the tokens' ids, or shown token by token.
+        if (
+            req.session is not None
+            or req.input_embeds is not None
+            or req.positional_embed_overrides is not None
+            or req.token_type_ids is not None
+            or req.return_hidden_states
+            or req.return_routed_experts
+        ):
+            return None
+        asked = contract.tau if contract is not None else None
+        tau = threshold(self.rksc_config) if asked is None else asked
+        return SpliceState(req.rid, tau)
+
+    def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
+        if self.rksc_guard is not None:
+            self.rksc_guard.batch = batch
+            self.rksc_guard.on_busy()
+        return super().run_batch(batch, pp_proxy_tensors)
+
+    def on_idle(self) -> None:
+        if self.rksc_guard is not None and self.is_fully_idle():
+            if self.rksc_probe is not None:
+                self.rksc_probe.on_idle(self.forward_ct)
+            else:
+                self.rksc_guard.on_idle()
+            if self.waiting_queue:
+                return
+        super().on_idle()
 
     def get_init_info(self) -> dict[str, Any]:
         # For the launcher's banner.
@@ -144,6 +253,7 @@ class RkscScheduler(stock.Scheduler):
                 "capacity_tokens": self.max_total_num_tokens,
                 "timings": cache.timings() if isinstance(cache, RkscRadixCache) else None,
             },
+            "splice": self.rksc_splicer.to_dict() if self.rksc_splicer else None,
         }
 
 

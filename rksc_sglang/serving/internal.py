@@ -1,0 +1,63 @@
+"""Requests that the scheduler makes for itself: they run like any other, and answer nobody."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from rksc_sglang.serving.splicing import SpliceState
+
+
+@dataclass(eq=False)
+class InternalState:
+    """``req.rksc`` of a request of our own.
+
+    Attributes:
+        parent: the splice that this request is a stage of, None for measurements.
+        purpose: for logs: "stage", "shadow" or "probe".
+    """
+
+    purpose: str
+    parent: SpliceState | None = None
+
+
+def is_internal(req: Req) -> bool:
+    return isinstance(getattr(req, "rksc", None), InternalState)
+
+
+def make_internal_req(
+    rid: str,
+    tokens: Sequence[int],
+    state: InternalState,
+    *,
+    vocab_size: int,
+    extra_key: str | None = None,
+    cache_salt: str | None = None,
+    priority: int | None = None,
+) -> Req:
+    """A prefill of ``tokens`` in a namespace, finished with its first greedy token.
+
+    Args:
+        rid: begins with the id of the request that it works for, so that aborting one aborts both.
+    """
+    params = SamplingParams(max_new_tokens=1, temperature=0.0)
+    params.normalize(None)
+    req: Any = Req(
+        rid,
+        "",
+        array("q", tokens),
+        params,
+        vocab_size=vocab_size,
+        extra_key=extra_key,
+        cache_salt=cache_salt,
+        priority=priority,
+    )
+    req.rksc = state
+    req.time_stats.set_wait_queue_entry_time()
+    return req

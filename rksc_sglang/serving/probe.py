@@ -1,0 +1,77 @@
+"""Measures at start what a prefill costs on this server: a few prefills of its own, when idle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rksc_sglang.serving.internal import InternalState, make_internal_req
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+#: Tokens of the prefills, each done twice: the first time also allocates and compiles.
+SHORT, LONG = 16, 256
+
+
+class CostProbe:
+    """Drives the prefills from the scheduler's idle hook, and fits the cost model.
+
+    Args:
+        vocab_size: of the model.
+        longest: a prefill of more tokens does not fit the server.
+        submit: puts a request of our own into the waiting queue.
+        done: called once, with a short and a long prefill, each as (tokens, seconds).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        longest: int,
+        submit: Callable[[Req], None],
+        done: Callable[[tuple[int, float], tuple[int, float]], None],
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.submit = submit
+        self.done = done
+        long = min(LONG, longest)
+        self._left = [SHORT, SHORT, long, long] if long > SHORT else []
+        self._seconds: dict[int, float] = {}
+        self._running: Req | None = None
+        self._started = 0.0
+        self._passes = 0
+
+    def on_idle(self, forward_passes: int) -> None:
+        """Called while the server is idle.
+
+        Args:
+            forward_passes: how many the server has made: one more means that ours ran alone.
+        """
+        if self._running is not None:
+            tokens = len(self._running.origin_input_ids)
+            if forward_passes == self._passes + 1:
+                seconds = time.perf_counter() - self._started
+                self._seconds[tokens] = min(seconds, self._seconds.get(tokens, seconds))
+                self._left.pop(0)
+            self._running = None
+            if not self._left:
+                (short, s), (long, t) = sorted(self._seconds.items())
+                self.done((short, s), (long, t))
+        if self._left:
+            self._run(self._left[0])
+            self._passes = forward_passes
+
+    def _run(self, tokens: int) -> None:
+        # Not one token again and again: attention to equal keys could be a special case.
+        prompt = [(7 * i * i + 11 * i + 3) % self.vocab_size for i in range(tokens)]
+        self._running = make_internal_req(
+            f"rksc-probe-{tokens}-{len(self._left)}",
+            prompt,
+            InternalState("probe"),
+            vocab_size=self.vocab_size,
+            cache_salt="rksc-probe",
+        )
+        self._running.skip_radix_cache_insert = True
+        self._started = time.perf_counter()
+        self.submit(self._running)

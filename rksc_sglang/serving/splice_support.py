@@ -1,0 +1,115 @@
+"""Whether this server and model can splice, and the parts for it where they can."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_parallel
+
+from rksc_sglang.asks.content_index import ContentIndex
+from rksc_sglang.asks.plan import Planner
+from rksc_sglang.asks.rope import UnsupportedRope, find_rope
+from rksc_sglang.asks.signature import Signatures, UnsupportedModel
+from rksc_sglang.config import RkscConfig
+from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
+from rksc_sglang.serving.splicing import Splicer
+from rksc_sglang.serving.splicing_cache import SplicingRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
+_COPY_PROBE_TOKENS = 256
+
+
+class Unsupported(Exception):
+    """Nothing can be spliced on this server; the message is the reason."""
+
+
+def build_splicer(
+    scheduler: Scheduler, config: RkscConfig, count: Callable[[str], None]
+) -> Splicer:
+    """Put the parts together, for a scheduler that has its model and its pools.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    cache = scheduler.tree_cache
+    if not isinstance(cache, SplicingRadixCache):
+        raise Unsupported("this server shares no prefixes")
+    refuse_server(scheduler)
+    runner = scheduler.tp_worker.model_runner
+    pool = runner.token_to_kv_pool
+    # The exact class: its subclasses store keys in layouts and dtypes of their own.
+    if type(pool) is not MHATokenToKVPool or pool.store_dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        raise Unsupported(f"keys in a {type(pool).__name__} of {pool.dtype} cannot be moved")
+    if cache.supports_mamba() or cache.supports_swa():
+        raise Unsupported("the model has layers with recurrent state or sliding windows")
+    try:
+        rope = find_rope(runner.model)
+        signatures = Signatures(
+            runner.model,
+            scheduler.model_config.hidden_size,
+            pool.k_buffer[0].shape[0],
+            pool.device,
+        )
+    except (UnsupportedRope, UnsupportedModel) as error:
+        raise Unsupported(str(error)) from error
+    frequencies = rope.inverse_frequencies.to(pool.device)
+
+    def copy(source: torch.Tensor, target: torch.Tensor, delta: int) -> None:
+        if scheduler.enable_overlap and source.is_cuda:
+            # The forward pass that wrote the donor may still be under way.
+            torch.cuda.current_stream().wait_stream(scheduler.forward_stream)
+        rotation = rotation_for(frequencies, delta, rope.neox)
+        rotate_copy(pool.k_buffer, pool.v_buffer, source, target, rotation)
+
+    cache.enable_splicing(ContentIndex(pool.k_buffer[0].shape[0]), copy)
+    planner = Planner(config.splice_head, config.splice_min_tokens, cache.page_size)
+    splicer = Splicer(cache, signatures, planner, scheduler.model_config.vocab_size, count)
+    splicer.copy_seconds = _measure_copy(cache, copy)
+    return splicer
+
+
+def refuse_server(scheduler: Any) -> None:
+    """Raise Unsupported for what SGLang is asked to do beside, and splicing is not made for."""
+    parallel = get_parallel()
+    for on, what in (
+        (parallel.tp_size > 1, "tensor parallelism"),
+        (parallel.pp_size > 1, "pipeline parallelism"),
+        (not scheduler.spec_algorithm.is_none(), "speculative decoding"),
+        (scheduler.enable_hierarchical_cache, "the hierarchical cache"),
+        (scheduler.enable_session_radix_cache, "session-aware caching"),
+        (scheduler.enable_lora, "LoRA"),
+        (scheduler.model_config.is_multimodal, "a multimodal model"),
+        (scheduler.dllm_config is not None, "a diffusion language model"),
+    ):
+        if on:
+            raise Unsupported(f"not with {what}")
+
+
+def _measure_copy(
+    cache: SplicingRadixCache, copy: Callable[[torch.Tensor, torch.Tensor, int], None]
+) -> float:
+    """Seconds to take over the KV of one token; the best of three, over free slots."""
+    allocator = cache.token_to_kv_pool_allocator
+    pages = min(_COPY_PROBE_TOKENS, allocator.available_size() // 2) // cache.page_size
+    count = pages * cache.page_size
+    source, target = allocator.alloc(count), allocator.alloc(count)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        copy(source, target, 1)
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    allocator.free(source)
+    allocator.free(target)
+    return best / count

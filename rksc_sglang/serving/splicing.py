@@ -1,0 +1,364 @@
+"""Splicing at admission: what a waiting request takes over, computes first, or waits for.
+
+A request that may be spliced stays in SGLang's waiting queue. Each time the prefill adder looks at
+it, one of these happens: a *stage* is admitted for it (an internal request that computes the
+prompt up to where the next run's head ends; exact, and in the tree, as long as nothing was spliced
+in front of it); or it waits for a stage, or for a donor that is being computed; or it is admitted
+with what it takes over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sglang.srt.managers.schedule_policy import AddReqResult
+
+from rksc_sglang.asks.content_index import Run
+from rksc_sglang.asks.plan import Compute, Planner, Take
+from rksc_sglang.asks.root_first import RootFirstPrefillAdder
+from rksc_sglang.serving.internal import InternalState, is_internal, make_internal_req
+from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from rksc_sglang.asks.cost import CostModel
+    from rksc_sglang.asks.signature import Signatures
+    from rksc_sglang.serving.guard import Guard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class SpliceState:
+    """The splice of one request.
+
+    Attributes:
+        tau: least similarity of its context and a donor's.
+        exact_tokens: cached exact prefix when the request was first looked at.
+        private: KV slots, [n] int64, that its stages left behind the exact prefix, from position
+            ``private_start`` on.
+        stage: the stage that it waits for.
+        staged_tokens: computed by stages.
+        spliced_tokens, similarity: what was taken over, at which least similarity.
+        skip_until: runs in front of this position were refused by the gate.
+        reason: why nothing (more) is spliced.
+        closed: the request is gone.
+    """
+
+    rid: str
+    tau: float
+    exact_tokens: int | None = None
+    private: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    private_start: int = 0
+    stage: Req | None = None
+    staged_tokens: int = 0
+    spliced_tokens: int = 0
+    similarity: float | None = None
+    skip_until: int = 0
+    reason: str | None = None
+    stopped: bool = False
+    closed: bool = False
+    stages: int = 0
+    nothing_at: tuple[int, int] | None = None  # index version and position of a vain search
+
+    def took(self, load: Load) -> None:
+        """A load is in place."""
+        self.spliced_tokens += load.stop - load.first
+        if load.similarity is not None:
+            self.similarity = min(load.similarity, self.similarity or 1.0)
+
+    def give_up(self, reason: str) -> None:
+        """Serve what is left exactly; what was spliced so far is lost."""
+        self.stopped = True
+        self.reason = reason
+        self.spliced_tokens = 0
+        self.similarity = None
+
+
+class Splicer:
+    """Decides for one scheduler.
+
+    Args:
+        cache: splicing enabled.
+        signatures: of all its slots.
+        planner: the shipped settings.
+        vocab_size: of the model.
+        count: called with a counter's name.
+    """
+
+    def __init__(
+        self,
+        cache: SplicingRadixCache,
+        signatures: Signatures,
+        planner: Planner,
+        vocab_size: int,
+        count: Callable[[str], None],
+    ) -> None:
+        self.cache = cache
+        self.signatures = signatures
+        self.planner = planner
+        self.vocab_size = vocab_size
+        self.count = count
+        self.copy_seconds = 0.0  # to take over the KV of one token
+        self.guard: Guard | None = None
+        self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
+
+    def prepare(self, req: Req, leaders: Iterable[Req]) -> Req | AddReqResult | None:
+        """Called when the adder looks at a request that SGLang has just matched.
+
+        Returns:
+            A stage to admit in its place, ``CONTINUE`` where it must wait, None to admit the
+            request itself, with what it loads.
+        """
+        state: SpliceState | None = req.rksc.splice
+        self.cache.loads.pop(req.rid, None)
+        if state is None or state.stopped or self.cache.index is None:
+            return None
+        if req.output_ids:  # retracted: what it had is gone, the rest is computed
+            return None
+        if state.stage is not None:
+            if not state.stage.finished():
+                return AddReqResult.CONTINUE
+            state.stage = None
+        if self.guard is not None and not self.guard.allows(namespace_of(req)):
+            self.abandon(req, "the guard has ended sharing for this tenant")
+            return None
+        if state.exact_tokens is None:
+            state.exact_tokens = req.prefix_len
+        self._reconcile(req, state)
+        return self._next(req, state, leaders)
+
+    def _reconcile(self, req: Req, state: SpliceState) -> None:
+        """The exact prefix may have grown or shrunk since the private slots were computed."""
+        if not len(state.private):
+            return
+        if req.prefix_len < state.private_start:
+            self.cache.free_private(state)
+            state.give_up("the context was evicted")
+        else:
+            overlap = min(req.prefix_len - state.private_start, len(state.private))
+            self.cache.free_private(state, overlap)
+
+    def _next(
+        self, req: Req, state: SpliceState, leaders: Iterable[Req]
+    ) -> Req | AddReqResult | None:
+        assert self.cache.index is not None
+        tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
+        limit = len(tokens) - 1
+        if req.return_logprob and req.logprob_start_len >= 0:
+            limit = min(limit, req.logprob_start_len)
+        ready = req.prefix_len + len(state.private)
+        runs = self._find(req, state, tokens[:limit], ready)
+        while not state.stopped:
+            base = max(ready, state.skip_until)
+            step = self.planner.next_step(runs, base, limit)
+            if isinstance(step, Take) and base > ready:
+                step = Compute(base, step.options[0][1] - base)
+            if isinstance(step, Take):
+                chosen = self._gate(req, state, step, ready)
+                if chosen is None:
+                    self.count("gate_refusals")
+                    state.skip_until = max(stop for _, stop in step.options)
+                    continue
+                return self._take(req, state, chosen, ready, runs, limit)
+            if isinstance(step, Compute) and self._pays(step.gain, 1):
+                return self._stage(req, state, step.stop)
+            if step is None and not len(state.private) and self._donor_is_coming(req, leaders):
+                return AddReqResult.CONTINUE
+            break
+        self._admit(req, state, None)
+        return None
+
+    def _find(self, req: Req, state: SpliceState, tokens: np.ndarray, ready: int) -> list[Run]:
+        assert self.cache.index is not None
+        place = (self.cache.index_version, ready)
+        if state.nothing_at == place:  # it waits in the queue and nothing has changed
+            return []
+        runs = self.cache.index.find(
+            namespace_of(req),
+            tokens,
+            self.planner.search_from(ready),
+            min_length=self.planner.min_tokens,
+        )
+        state.nothing_at = None if runs else place
+        return runs
+
+    def _pays(self, tokens: int, passes: int) -> bool:
+        return self.cost is None or self.cost.saved(tokens, passes) > 0
+
+    def _gate(
+        self, req: Req, state: SpliceState, step: Take, ready: int
+    ) -> tuple[Run, int, float | None] | None:
+        """The option whose donor's context is the most similar, None if none is enough."""
+        if len(state.private):
+            here = int(state.private[-1])
+        else:
+            here = int(self.cache.path_device_indices(req.last_node)[ready - 1])
+        donors = [int(run.slots[ready - 1 - run.start]) for run, _ in step.options]
+        scored = [
+            (run, stop, similarity)
+            for (run, stop), similarity in zip(
+                step.options, self.signatures.similarity(here, donors)
+            )
+            if state.tau <= 0 or (similarity is not None and similarity >= state.tau)
+        ]
+        return max(scored, key=lambda option: option[2] or 0.0, default=None)
+
+    def _take(
+        self,
+        req: Req,
+        state: SpliceState,
+        chosen: tuple[Run, int, float | None],
+        ready: int,
+        runs: list[Run],
+        limit: int,
+    ) -> Req | AddReqResult | None:
+        run, stop, similarity = chosen
+        load = Load(state, run, ready - run.start, stop - run.start, similarity)
+        # At least a page is computed in between: its last token is where the next gate looks.
+        after = self.planner.next_step(runs, stop + self.planner.page_size, limit)
+        gain = after.gain if isinstance(after, Compute) else 0
+        if isinstance(after, Take):
+            after = Compute(stop + self.planner.page_size, after.options[0][1] - stop)
+            gain = after.gain - self.planner.page_size
+        if isinstance(after, Compute) and self._pays(gain, 1):
+            return self._stage(req, state, after.stop, load)
+        self._admit(req, state, load)
+        return None
+
+    def _admit(self, req: Req, state: SpliceState, load: Load | None) -> None:
+        """Let the request itself be admitted, with its load."""
+        if load is None and len(state.private):
+            load = Load(state)
+        if load is not None:
+            self._promise(req, load)
+        # SGLang counts what its stages computed as computed, not as cached.
+        req.already_computed = state.staged_tokens
+
+    def _promise(self, req: Req, load: Load) -> None:
+        """SGLang calls this a host hit: prefix that the cache will provide at admission."""
+        self.cache.loads[req.rid] = load
+        req.host_hit_length = load.tokens
+        req.num_matched_prefix_tokens = req.prefix_len + load.tokens
+
+    def _stage(self, req: Req, state: SpliceState, stop: int, load: Load | None = None) -> Req:
+        state.stages += 1
+        stage = make_internal_req(
+            f"{req.rid}-rksc-{state.stages}",
+            req.full_untruncated_fill_ids[:stop],
+            InternalState("stage", state),
+            vocab_size=self.vocab_size,
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            priority=req.priority,
+        )
+        stage.init_next_round_input(self.cache)
+        if load is None and len(state.private):
+            load = Load(state)
+        if load is not None:
+            self._promise(stage, load)
+        return stage
+
+    def settle(self, req: Req, candidate: Req, admitted: bool) -> None:
+        """Called after the adder tried to admit a request, or a stage in its place."""
+        state: SpliceState | None = req.rksc.splice
+        if not admitted:
+            self.cache.loads.pop(candidate.rid, None)
+        elif state is not None and candidate is req:
+            self.cache.active.pop(req.rid, None)
+            if state.spliced_tokens:
+                self.count("spliced_requests")
+        elif state is not None:
+            state.stage = candidate
+            state.staged_tokens += candidate.extend_end - candidate.prefix_len
+            self.cache.active[state.rid] = state
+            self.count("stages")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the status page."""
+        cache = self.cache
+        return {
+            "head": self.planner.head,
+            "min_tokens": self.planner.min_tokens,
+            "signature_bytes_per_slot": self.signatures.bytes_per_slot,
+            "indexed_tokens": len(cache.index) if cache.index is not None else 0,
+            "index_bytes": cache.index.nbytes if cache.index is not None else 0,
+            "index_microseconds_per_token": cache.index_nanoseconds
+            / 1000
+            / max(cache.indexed_tokens, 1),
+            "copy_seconds_per_token": self.copy_seconds,
+            "cost": asdict(self.cost) if self.cost is not None else None,
+            "guard": self.guard.to_dict() if self.guard is not None else None,
+        }
+
+    def abandon(self, req: Req, reason: str) -> None:
+        """Serve a request exactly, whatever had been prepared for it."""
+        self.cache.loads.pop(req.rid, None)
+        req.host_hit_length = 0
+        state: SpliceState | None = req.rksc.splice
+        if state is not None:
+            self.cache.free_private(state)
+            state.give_up(reason)
+
+    def release_memory(self) -> None:
+        """Nothing runs and nothing fits: what waiting requests own must not be the reason."""
+        for state in self.cache.active.values():
+            if state.stage is None or state.stage.finished():
+                self.cache.free_private(state)
+                state.give_up("memory pressure")
+
+    def _donor_is_coming(self, req: Req, leaders: Iterable[Req]) -> bool:
+        """Whether a request that is being computed will be a donor for this one."""
+        index = self.cache.index
+        assert index is not None
+        tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)[req.prefix_len :]
+        return any(
+            namespace_of(leader) == namespace_of(req)
+            and index.shares_run(
+                tokens,
+                np.frombuffer(leader.full_untruncated_fill_ids, dtype=np.int64),
+                self.planner.min_tokens + self.planner.head,
+            )
+            for leader in leaders
+        )
+
+
+class SplicingPrefillAdder(RootFirstPrefillAdder):
+    """Prefill admission with splicing, and with root-first fan-out where that is on."""
+
+    splicer: Splicer
+
+    def add_one_req(
+        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
+    ) -> AddReqResult:
+        if is_internal(req) or self._should_hold(req):
+            return super().add_one_req(req, has_chunked_req, truncation_align_size)
+        step = self._prepare(req)
+        if isinstance(step, AddReqResult):
+            self.on_held(req)
+            return step
+        candidate = req if step is None else step
+        result = super().add_one_req(candidate, has_chunked_req, truncation_align_size)
+        admitted = any(other is candidate for other in self.can_run_list)
+        self.splicer.settle(req, candidate, admitted)
+        if result is AddReqResult.NO_TOKEN and not self.can_run_list and self._nothing_runs():
+            self.splicer.release_memory()
+        return result
+
+    def _prepare(self, req: Req) -> Req | AddReqResult | None:
+        try:
+            return self.splicer.prepare(req, self._leaders())
+        except Exception:
+            logger.exception("RKSC: splicing failed for %s; it is computed", req.rid)
+            self.on_error("splice")
+            self.splicer.abandon(req, "an error inside RKSC")
+            return None
+
+    def _nothing_runs(self) -> bool:
+        return self.running_batch is None or self.running_batch.is_empty()

@@ -1,0 +1,301 @@
+"""SGLang's radix cache with slots of a request's own behind its exact prefix.
+
+A *load* fills fresh slots with KV that was computed behind another context: copied, keys rotated to
+their new positions. SGLang's load-back protocol carries it (``init_load_back``: the cache gives a
+request more prefix at admission). The slots are the request's, are freed with it, and never enter
+the tree. An index of what the tree holds is kept in step with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestHandle,
+    InitLoadBackParams,
+    InsertParams,
+    InsertResult,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
+    create_tree_core,
+    get_tree_core_factory,
+    register_tree_core_backend,
+)
+
+from rksc_sglang.asks.content_index import ContentIndex, Run
+from rksc_sglang.serving.internal import InternalState
+from rksc_sglang.serving.radix_cache import RkscRadixCache
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from rksc_sglang.serving.splicing import SpliceState
+
+logger = logging.getLogger(__name__)
+
+#: Name of the observed tree core in SGLang's registry of tree cores.
+TREE_CORE = "rksc"
+
+
+class Load(NamedTuple):
+    """What a request gets behind its exact prefix, in this order.
+
+    Attributes:
+        state: of the request that it is for; holds the private slots, which come first.
+        run: where KV is copied from, and from which of the run's tokens to which; None for none.
+        similarity: of the request's context and the run's.
+    """
+
+    state: SpliceState
+    run: Run | None = None
+    first: int = 0
+    stop: int = 0
+    similarity: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.state.private) + self.stop - self.first
+
+
+def register_tree_core() -> None:
+    """Make the observed tree core known to SGLang in this process; may be repeated."""
+    if get_tree_core_factory(TREE_CORE) is None:
+        register_tree_core_backend(TREE_CORE, create_observed_tree_core)
+
+
+def create_observed_tree_core(params: Any, components: Any) -> Any:
+    """SGLang's own choice of tree core, which tells ``on_device_free`` what eviction frees."""
+    core = create_tree_core("rust", params, components)
+
+    class Observed(type(core)):  # type: ignore[misc]
+        on_device_free: Callable[[torch.Tensor], None] | None = None
+
+        def evict_device_next_node(self, *args: Any, **kwargs: Any) -> Any:
+            return self._observe(super().evict_device_next_node(*args, **kwargs))
+
+        def evict_device_leaf(self, *args: Any, **kwargs: Any) -> Any:
+            return self._observe(super().evict_device_leaf(*args, **kwargs))
+
+        def _observe(self, result: Any) -> Any:
+            if self.on_device_free is not None:
+                for slots in result.device_frees.get(ComponentType.FULL, ()):
+                    self.on_device_free(slots)
+            return result
+
+    core.__class__ = Observed
+    return core
+
+
+def namespace_of(key: RadixKey | Req) -> Hashable:
+    """Donors are sought among requests of the same tenant only."""
+    return (key.extra_key, key.cache_salt)
+
+
+class SplicingRadixCache(RkscRadixCache):
+    """Adds loads, private slots and the content index to the exact cache.
+
+    Attributes:
+        index: what is cached where; None until :meth:`enable_splicing`, and after a failure.
+        loads: request id -> what its next admission shall load.
+        active: request id -> its splice, while it waits for a stage or owns private slots.
+        on_error: called with a place when something fails inside; serving goes on exactly.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self.index: ContentIndex | None = None
+        self.loads: dict[str, Load] = {}
+        self.active: dict[str, SpliceState] = {}
+        self.on_error: Callable[[str], None] = lambda where: None
+        self._copy: Callable[[torch.Tensor, torch.Tensor, int], None] | None = None
+        self._appended: dict[str, torch.Tensor] = {}
+        self.index_nanoseconds = 0
+        self.indexed_tokens = 0
+        self.index_version = 0  # changes whenever a search may find something else
+        register_tree_core()
+        super().__init__(replace(params, tree_core_backend=TREE_CORE))
+
+    def enable_splicing(
+        self, index: ContentIndex, copy: Callable[[torch.Tensor, torch.Tensor, int], None]
+    ) -> None:
+        """Begin to index what is inserted, and allow loads.
+
+        Args:
+            copy: called with source slots, target slots, and by how many positions keys move.
+        """
+        self.index = index
+        self._copy = copy
+        self.tree_core.on_device_free = self._unindex
+
+    # The index, in step with the tree
+
+    def insert(self, params: InsertParams) -> InsertResult:
+        result = super().insert(params)
+        if self.index is not None and params.key is not None:
+            self._guarded("index", self._index, params.key, result)
+        return result
+
+    def reset(self) -> None:
+        super().reset()
+        if self.index is not None:
+            self.index_version += 1
+            self.index.clear()
+
+    def _index(self, key: RadixKey, result: InsertResult) -> None:
+        assert self.index is not None
+        if result.prefix_len >= len(key):
+            return
+        start = time.perf_counter_ns()
+        slots = self.path_device_indices(result.last_device_node).cpu().numpy()
+        tokens = np.frombuffer(key.raw_token_ids(), dtype=np.int64)[: len(slots)]
+        self.index.insert(namespace_of(key), tokens, slots, result.prefix_len)
+        self.index_version += 1
+        self.index_nanoseconds += time.perf_counter_ns() - start
+        self.indexed_tokens += len(slots) - result.prefix_len
+
+    def _unindex(self, slots: torch.Tensor) -> None:
+        if self.index is not None:
+            self.index_version += 1
+            self._guarded("index", self.index.remove, slots.cpu().numpy())
+
+    def _guarded(self, where: str, call: Callable[..., None], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception:
+            # An index that missed something could name slots that hold other text by now.
+            logger.exception("RKSC: the content index failed; nothing is spliced from here on")
+            self.index = None
+            self.on_error(where)
+
+    # Loads
+
+    def init_load_back(self, params: InitLoadBackParams) -> tuple[int, Any] | None:
+        req = params.req
+        load = self.loads.pop(req.rid, None) if req is not None else None
+        if load is None:
+            return super().init_load_back(params)
+        slots = self._fill(load, req)
+        if slots is None:
+            self.free_private(load.state)
+            load.state.give_up("the memory or the donor is gone")
+            return 0, req.last_node
+        load.state.private = slots[:0]  # they are in the row of the request from here on
+        load.state.took(load)
+        self._appended[req.rid] = slots
+        req.skip_radix_cache_insert = True
+        return len(slots), req.last_node
+
+    def load_back_is_cache_owned(self) -> bool:
+        return False
+
+    def prefix_device_indices(self, req: Req) -> torch.Tensor:
+        tail = self._appended.get(req.rid)
+        if tail is None:
+            return super().prefix_device_indices(req)
+        root = self.root_node_handle(req.extra_key)
+        path = self.tree_core.collect_full_device_indices(req.last_node, root)
+        return torch.cat([path, tail])[: req.prefix_len]
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        self._appended.pop(req.rid, None)
+        super().on_release(req, checkpointed=checkpointed)
+
+    def _fill(self, load: Load, req: Req) -> torch.Tensor | None:
+        """The slots of a load, filled; None where memory or the donor is not there (any more)."""
+        try:
+            if load.run is None:
+                return load.state.private
+            source = self._lock_donor(load.run, req)
+            if source is None:
+                return None
+            lock, slots = source
+            try:
+                return self._copied(load, slots)
+            finally:
+                self.unlock(lock)
+        except Exception:
+            logger.exception("RKSC: the splice for %s failed; it is computed", req.rid)
+            self.on_error("splice")
+            return None
+
+    def _lock_donor(self, run: Run, req: Req) -> tuple[Any, torch.Tensor] | None:
+        """Lock the donor's path in the tree: making room for the copy must not evict it."""
+        assert self.index is not None
+        path = self.index.path(int(run.slots[-1]), self.page_size)
+        key = RadixKey(array("q", path.tobytes()), req.extra_key, cache_salt=req.cache_salt)
+        match = super().match_prefix(MatchPrefixParams(key=key))
+        slots = self.path_device_indices(match.last_device_node)
+        donor = slots[run.donor_start : run.donor_start + len(run.slots)].cpu().numpy()
+        if not np.array_equal(donor, run.slots):
+            return None
+        return self.lock(match.last_device_node), torch.from_numpy(run.slots)
+
+    def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
+        assert load.run is not None
+        assert self._copy is not None
+        count = load.stop - load.first
+        evict_from_tree_cache(self, count)
+        target = self.token_to_kv_pool_allocator.alloc(count)
+        if target is None:
+            return None
+        source = donor[load.first : load.stop].to(target.device)
+        try:
+            self._copy(source, target, load.run.start - load.run.donor_start)
+        except BaseException:
+            self.token_to_kv_pool_allocator.free(target)
+            raise
+        return torch.cat([load.state.private, target])
+
+    # Private slots: computed by a stage of a request behind something spliced
+
+    def claim_kv_row(self, req: Req) -> bool:
+        stage = getattr(req, "rksc", None)
+        if (
+            isinstance(stage, InternalState)
+            and stage.parent is not None
+            and req.skip_radix_cache_insert
+            and not stage.parent.closed
+            and not isinstance(req.finished_reason, FINISH_ABORT)
+        ):
+            self._hand_over(req, stage.parent)
+            return True
+        return super().claim_kv_row(req)
+
+    def _hand_over(self, req: Req, parent: SpliceState) -> None:
+        """The stage's row ends, and what it held behind the exact prefix is the parent's."""
+        kv = req.kv
+        row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
+        parent.private = row[kv.cache_protected_len : req.owned_kv_len()].to(torch.int64, copy=True)
+        parent.private_start = kv.cache_protected_len
+        self.unlock(req.lock)
+        req.lock = None
+        self.on_release(req, checkpointed=False)
+        self.req_to_token_pool.free(req)
+        kv.mark_kv_released()
+
+    def free_private(self, state: SpliceState, count: int | None = None) -> None:
+        """Give back the first ``count`` private slots of a request, or all."""
+        count = len(state.private) if count is None else count
+        if count:
+            self.token_to_kv_pool_allocator.free(state.private[:count])
+        state.private = state.private[count:]
+        state.private_start += count
+
+    def release_aborted_request(self, handle: CacheRequestHandle) -> None:
+        self.loads.pop(handle.rid, None)
+        state = self.active.pop(handle.rid, None)
+        if state is not None:
+            state.closed = True
+            self.free_private(state)
+        super().release_aborted_request(handle)

@@ -1,0 +1,409 @@
+"""Splicing at admission on SGLang's real tree, allocator, pools and prefill adder, without a model.
+
+What a forward pass would write is written down beside the pool: the KV of a token is known by the
+tokens that it was computed behind, or as tainted, when one of them was spliced.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rksc_sglang.asks.content_index import ContentIndex
+from rksc_sglang.asks.plan import Planner
+from rksc_sglang.asks.root_first import make_adder_class
+from rksc_sglang.serving.internal import is_internal
+from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
+from rksc_sglang.serving.splicing_cache import SplicingRadixCache
+
+TAINTED = "tainted"
+
+
+class Scheduler:
+    """SGLang's scheduling steps around the splicer, on one small pool."""
+
+    def __init__(self, make_cache, make_req, capacity=256, page_size=1, head=2, min_tokens=4):
+        self.make_req = make_req
+        self.cache = make_cache(SplicingRadixCache, capacity, page_size)
+        self.capacity = capacity
+        self.kv = {}  # slot -> the tokens up to its own, or TAINTED
+        self.similarity = {}  # donor slot -> similarity; 1 where not given
+        self.cache.enable_splicing(ContentIndex(capacity + page_size, window=2), self.copy)
+        self.cache.on_error = self.fail
+        self.counts = []
+        signatures = SimpleNamespace(
+            similarity=lambda slot, others: [self.similarity.get(o, 1.0) for o in others]
+        )
+        planner = Planner(head, min_tokens, page_size)
+        self.splicer = Splicer(self.cache, signatures, planner, 100, self.counts.append)
+        self.adder_class = make_adder_class(
+            8,
+            on_held=lambda req: None,
+            on_error=self.fail,
+            base=SplicingPrefillAdder,
+            splicer=self.splicer,
+        )
+        self.waiting, self.running, self.computed = [], [], {}
+        self.copied = []
+
+    def fail(self, where):
+        pytest.fail(f"an error inside RKSC was swallowed: {where}")
+
+    def copy(self, source, target, delta):
+        assert not set(source.tolist()) & set(target.tolist())
+        for slot in target.tolist():
+            self.kv[slot] = TAINTED
+        for slot in source.tolist():
+            assert self.kv[slot] != TAINTED, "a donor is not exact"
+        self.copied.append((source.tolist(), target.tolist(), delta))
+
+    def send(self, rid, tokens, tau=0.5, tenant=None, max_new_tokens=2):
+        req = self.make_req(rid, tokens, extra_key=tenant)
+        req.sampling_params.max_new_tokens = max_new_tokens
+        req.sampling_params.normalize(None)
+        req.rksc = SimpleNamespace(splice=None if tau is None else SpliceState(rid, tau))
+        self.waiting.append(req)
+        return req
+
+    def prefill(self):
+        """One pass: admit, allocate, run, and publish or finish. Gives the admitted requests."""
+        from sglang.srt.managers.schedule_policy import AddReqResult
+        from sglang.srt.mem_cache.allocation import alloc_for_extend
+
+        allocator = self.cache.token_to_kv_pool_allocator
+        adder = self.adder_class(
+            page_size=self.cache.page_size,
+            tree_cache=self.cache,
+            token_to_kv_pool_allocator=allocator,
+            running_batch=SimpleNamespace(
+                reqs=list(self.running),
+                is_empty=lambda: not self.running,
+                batch_size=lambda: len(self.running),
+            ),
+            new_token_ratio=1.0,
+            rem_input_tokens=4096,
+            rem_chunk_tokens=None,
+        )
+        for req in self.waiting:
+            req.init_next_round_input(self.cache)
+            if adder.add_one_req(req, False, None) != AddReqResult.CONTINUE:
+                break
+        batch = adder.can_run_list
+        self.waiting = [req for req in self.waiting if all(req is not r for r in batch)]
+        if not batch:
+            return []
+        lens = [req.extend_end for req in batch]
+        alloc_for_extend(
+            SimpleNamespace(
+                reqs=batch,
+                tree_cache=self.cache,
+                req_to_token_pool=self.cache.req_to_token_pool,
+                device="cpu",
+                hisparse_coordinator=None,
+                maybe_evict_swa=lambda: None,
+                is_dllm=lambda: False,
+                prefix_lens=[req.prefix_len for req in batch],
+                extend_lens=[req.extend_len for req in batch],
+                extend_num_tokens=sum(req.extend_len for req in batch),
+                seq_lens=torch.tensor(lens),
+                seq_lens_cpu=torch.tensor(lens),
+            )
+        )
+        for req in batch:
+            # As ScheduleBatch.prepare_for_extend counts.
+            req.cached_tokens += req.prefix_len - req.already_computed
+            req.already_computed = req.extend_end
+            self._forward(req, req.prefix_len, req.extend_end)
+            self.computed[req.rid] = self.computed.get(req.rid, 0) + req.extend_len
+        for req in batch:
+            self._commit(req)
+        return batch
+
+    def _forward(self, req, start, stop):
+        row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx].tolist()
+        tokens = [*req.origin_input_ids, *req.output_ids]
+        for position in range(start):
+            known = self.kv[row[position]]
+            assert known == TAINTED or known == tuple(tokens[: position + 1]), "wrong KV in a row"
+        tainted = any(self.kv[slot] == TAINTED for slot in row[:start])
+        for position in range(start, stop):
+            self.kv[row[position]] = TAINTED if tainted else tuple(tokens[: position + 1])
+
+    def _commit(self, req):
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+
+        req.output_ids.append(90 + len(req.output_ids) % 5)
+        req.update_finish_state()
+        if req.finished():
+            release_kv_cache(req, self.cache, checkpoint=True)
+            self.running = [r for r in self.running if r is not req]
+        elif req not in self.running:
+            checkpoint_kv_cache(req, self.cache)
+            self.running.append(req)
+
+    def decode(self):
+        from sglang.srt.mem_cache.allocation import alloc_token_slots
+
+        for req in list(self.running):
+            position, page_size = req.kv.kv_allocated_len, self.cache.page_size
+            table = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+            if position % page_size:
+                table[position] = table[position - 1] + 1
+            else:
+                table[position] = alloc_token_slots(self.cache, page_size)[0]
+            req.kv.kv_allocated_len += 1
+            req.kv.kv_committed_len += 1
+            self._forward(req, position, position + 1)
+            self._commit(req)
+
+    def retract(self, req):
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        release_kv_cache(req, self.cache, checkpoint=True)
+        req.reset_for_retract()
+        self.running = [r for r in self.running if r is not req]
+        self.waiting.append(req)
+
+    def abort_waiting(self, req):
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+
+        self.waiting = [r for r in self.waiting if r is not req]
+        self.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+
+    def serve(self, *reqs, limit=40):
+        """Until all of these have finished; gives the number of prefill passes."""
+        passes = 0
+        while not all(req.finished() for req in reqs):
+            passes += bool(self.prefill())
+            self.decode()
+            limit -= 1
+            assert limit, "requests are not served"
+        return passes
+
+    def check(self):
+        tree = self.cache.all_values_flatten().tolist()
+        assert all(self.kv[slot] != TAINTED for slot in tree), "tainted KV is in the exact tree"
+        owned = [slot for state in self.cache.active.values() for slot in state.private.tolist()]
+        for req in self.running:
+            row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx].tolist()
+            owned += row[req.kv.cache_protected_len : req.kv.kv_allocated_len]
+        held = tree + owned
+        assert len(held) == len(set(held)), "a slot has two owners"
+        pages = {slot // self.cache.page_size for slot in held}
+        free = self.cache.token_to_kv_pool_allocator.available_size()
+        assert len(pages) * self.cache.page_size + free == self.capacity, "slots leaked"
+        assert len(self.cache.index) == len(tree), "the index is out of step with the tree"
+
+
+DOC = [10 + i % 17 + i // 17 for i in range(40)]
+
+
+@pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
+def scheduler(request, make_cache, make_req):
+    return Scheduler(make_cache, make_req, page_size=request.param)
+
+
+def test_a_document_behind_another_context_is_taken_over(scheduler):
+    first = scheduler.send("a", [1, 2, 3, *DOC, 5])
+    scheduler.serve(first)
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
+    passes = scheduler.serve(second)
+    splice = second.rksc.splice
+    assert passes == 2  # context and head, then what is behind the run
+    assert 30 <= splice.spliced_tokens <= len(DOC) - 2
+    assert splice.spliced_tokens + splice.exact_tokens + scheduler.computed["b"] + (
+        scheduler.computed["b-rksc-1"]
+    ) == len(second.origin_input_ids)
+    # What SGLang reports as cached is what was not computed.
+    assert second.cached_tokens == splice.spliced_tokens + splice.exact_tokens
+    assert scheduler.copied[0][2] == 1  # one position further
+    scheduler.check()
+
+
+def test_an_exact_request_over_the_same_text_is_computed(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    scheduler.serve(scheduler.send("b", [4, 6, 7, 8, *DOC, 9]))
+    again = scheduler.send("c", [4, 6, 7, 8, *DOC, 9], tau=None)
+    scheduler.serve(again)
+    # The context and the head were computed exactly, and are in the tree.
+    assert again.cached_tokens in (4, 6, 8)
+    scheduler.check()
+
+
+def test_two_documents_in_another_order(scheduler):
+    other = [50 + i % 13 + i // 13 for i in range(40)]
+    scheduler.serve(scheduler.send("a", [1, *DOC, *other, 5]))
+    second = scheduler.send("b", [2, *other, *DOC, 6])
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens > 60
+    assert len(scheduler.copied) == 2
+    scheduler.check()
+
+
+def test_tenants_share_nothing(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5], tenant="x"))
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9], tenant="y")
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens == 0
+    assert not scheduler.copied
+
+
+def test_a_context_that_is_too_different_is_computed(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    scheduler.similarity = dict.fromkeys(range(300), 0.4)
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9], tau=0.5)
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens == 0
+    assert "gate_refusals" in scheduler.counts
+    third = scheduler.send("c", [14, 16, 17, 18, *DOC, 9], tau=0.3)
+    scheduler.serve(third)
+    assert third.rksc.splice.similarity == pytest.approx(0.4)
+    scheduler.check()
+
+
+def test_the_most_similar_donor_is_taken(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, 4, *DOC, 5], tau=None))
+    slots = scheduler.cache.all_values_flatten().tolist()
+    scheduler.serve(scheduler.send("b", [6, 7, 8, 9, *DOC, 5], tau=None))
+    scheduler.similarity = {slot: 0.9 if slot in slots else 0.6 for slot in range(300)}
+    third = scheduler.send("c", [31, 32, 33, 34, *DOC, 9])
+    scheduler.serve(third)
+    assert third.rksc.splice.similarity == pytest.approx(0.9)
+    assert set(scheduler.copied[0][0]) <= set(slots)
+
+
+def test_eight_at_once_wait_for_one_donor(scheduler):
+    reqs = [scheduler.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(4)]
+    scheduler.serve(*reqs)
+    assert sum(req.rksc.splice.spliced_tokens > 25 for req in reqs) == 3
+    assert sum(scheduler.computed.values()) < 2 * len(reqs[0].origin_input_ids)
+    scheduler.check()
+
+
+def test_input_logprobs_over_the_run_are_computed(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
+    second.return_logprob, second.logprob_start_len = True, 0
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens == 0
+
+
+def test_a_splice_that_does_not_pay_is_left(scheduler):
+    scheduler.splicer.cost = SimpleNamespace(saved=lambda tokens, passes: -1.0)
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
+    assert scheduler.serve(second) == 1
+    assert second.rksc.splice.spliced_tokens == 0
+
+
+def test_a_failing_copy_means_ordinary_prefill(scheduler):
+    errors = []
+    scheduler.cache.on_error = errors.append
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    scheduler.cache.enable_splicing(scheduler.cache.index, lambda *args: 1 / 0)
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
+    scheduler.serve(second)
+    assert errors == ["splice"]
+    assert second.rksc.splice.spliced_tokens == 0
+    assert second.rksc.splice.reason
+    scheduler.check()
+
+
+def test_a_failing_index_ends_splicing_and_nothing_else(scheduler):
+    errors = []
+    scheduler.cache.on_error = errors.append
+    scheduler.cache.index.insert = lambda *args: 1 / 0
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    assert errors == ["index"]
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens == 0
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Everything that can happen to requests, in any order."""
+
+    fixtures: tuple = ()
+
+    @initialize(page_size=st.sampled_from([1, 4]), capacity=st.sampled_from([96, 240]))
+    def start(self, page_size, capacity):
+        self.scheduler = Scheduler(*self.fixtures, capacity=capacity, page_size=page_size)
+        self.number = 0
+
+    @rule(
+        contexts=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+        parts=st.lists(st.sampled_from([DOC[:20], DOC[5:30], DOC[20:]]), min_size=1, max_size=2),
+        tau=st.sampled_from([None, 0.5, 0.5]),
+        tenant=st.sampled_from([None, None, "x"]),
+    )
+    def send(self, contexts, parts, tau, tenant):
+        tokens = []
+        for i, part in enumerate(parts):
+            tokens += [contexts[i % len(contexts)]] * 3 + part
+        self.number += 1
+        self.scheduler.send(f"r{self.number}", [*contexts, *tokens, 7], tau, tenant)
+
+    @rule()
+    def prefill(self):
+        self.scheduler.prefill()
+
+    @rule()
+    def decode(self):
+        free = self.scheduler.cache.token_to_kv_pool_allocator.available_size()
+        if free >= len(self.scheduler.running) * self.scheduler.cache.page_size:
+            self.scheduler.decode()
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def retract(self, data):
+        self.scheduler.retract(data.draw(st.sampled_from(self.scheduler.running)))
+
+    @precondition(lambda self: self.scheduler.waiting)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.scheduler.abort_waiting(data.draw(st.sampled_from(self.scheduler.waiting)))
+
+    @rule(count=st.integers(1, 60))
+    def evict(self, count):
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self.scheduler.cache.evict(EvictParams(num_tokens=count))
+
+    @precondition(lambda self: not self.scheduler.waiting and not self.scheduler.running)
+    @rule()
+    def reset(self):
+        self.scheduler.cache.reset()
+        self.scheduler.cache.token_to_kv_pool_allocator.clear()
+
+    @invariant()
+    def sound(self):
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        waiting = list(self.scheduler.waiting)
+        self.scheduler.serve(*waiting, *self.scheduler.running, limit=200)
+        assert all(not is_internal(req) for req in self.scheduler.running)
+        self.scheduler.check()
+        assert not self.scheduler.cache.active
+        assert not self.scheduler.cache.loads
+
+
+def test_random_interleavings(make_cache, make_req):
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = type("Machine", (Interleavings,), {"fixtures": (make_cache, make_req)})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
