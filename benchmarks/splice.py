@@ -1,0 +1,838 @@
+"""Splicing: KV of the same text behind another context, against full recompute and stock SGLang.
+
+Quality: the same server answers each prompt spliced, and again in full in a namespace where it has
+no donor. Speed: stock SGLang on the same attention backend gets the same prompts. What was not
+spliced counts for coverage, never for agreement. The families of prompts are in ``splice_cases``;
+those of ``e_adversarial`` are tried until enough are found whose full answers differ from the
+donor's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import harness, splice_cases
+from benchmarks.harness import BenchmarkError, Row, together
+from benchmarks.splice_cases import (
+    ADVERSARIAL,
+    HINT,
+    LENGTH,
+    ORDER,
+    PERSONA,
+    PERSONAS,
+    VERIFIER,
+    Shelf,
+    SpliceCase,
+    chat,
+)
+from benchmarks.statistics import RESAMPLES, paired_ratio
+from benchmarks.text import machine_texts
+from rksc_sglang.models.smollm2 import ensure_smollm2
+from rksc_sglang.server_process import ServerProcess
+
+SIMILAR, EXACT = "similar", "exact"
+STEPS = 16
+#: Of an adversarial prompt's greedy tokens, those that are its answer.
+ANSWER_TOKENS = 4
+#: A run is worth the name from here on; shorter ones do not count as repeatable.
+SHORTEST_RUN = 16
+RUN_TOKENS = 1000
+LABELS = ("Yes", "No")
+FAMILIES = (PERSONA, VERIFIER, HINT, ORDER, ADVERSARIAL)
+TIMINGS = ("ttft_1k", "ttft_1k_new_context", "fanout8", "fanout8_cold")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; the full run takes under an hour on 2 cores."""
+
+    persona: int = 40
+    groups: int = 16
+    group_sizes: tuple[int, int] = (4, 8)
+    hinted: int = 5
+    order: int = 40
+    adversarial: int = 110
+    latencies: int = 12
+    fanouts: int = 6
+    loads: int = 15
+    heads: Sequence[int] = (1, 4, 64)
+    lengths: Sequence[int] = (20, 40, 80, 160, 320, 640)
+    each_length: int = 4
+    curve_cases: int = 10
+
+
+QUICK = Sizes(
+    persona=5,
+    groups=2,
+    group_sizes=(4, 4),
+    hinted=1,
+    order=4,
+    adversarial=12,
+    latencies=2,
+    fanouts=1,
+    loads=3,
+    heads=(1,),
+    lengths=(80, 320),
+    each_length=2,
+    curve_cases=3,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    ttft: float
+    tokens: list[int]
+    info: dict[str, Any] | None  # meta_info["rksc"]; None on a stock server
+
+
+class Client:
+    """Requests to one server. What must not see the KV of other work gets a :meth:`salt`."""
+
+    def __init__(self, url: str, vocabulary: int) -> None:
+        self.url = url
+        self.vocabulary = vocabulary
+        self._salts = itertools.count()
+
+    def salt(self) -> str:
+        return f"benchmark-{next(self._salts)}"
+
+    def ask(
+        self, prompt: str, steps: int, share: str, salt: str, tau: float | None = None
+    ) -> Answer:
+        """Greedy tokens, streamed, and the seconds until the first."""
+        body = _body(prompt, steps, share, salt, tau) | {"stream": True}
+        start = time.perf_counter()
+        ttft, last = 0.0, b""
+        try:
+            with requests.post(
+                self.url + "/generate", json=body, stream=True, timeout=600
+            ) as answer:
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if line.startswith(b"data: {"):
+                        ttft = ttft or time.perf_counter() - start
+                        last = line
+            result = json.loads(last[len(b"data: ") :])
+            return Answer(ttft, result["output_ids"], result["meta_info"].get("rksc"))
+        except (requests.RequestException, ValueError, KeyError) as error:
+            raise BenchmarkError(f"{self.url}: {error!r}") from error
+
+    def first_token(
+        self, prompt: str, share: str, salt: str, tau: float | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Log-probabilities of the whole vocabulary, and what they were computed from."""
+        # Not token_ids_logprob: with that SGLang takes twice as long.
+        body = _body(prompt, 1, share, salt, tau)
+        body |= {"return_logprob": True, "top_logprobs_num": self.vocabulary}
+        try:
+            answer = requests.post(self.url + "/generate", json=body, timeout=600)
+            answer.raise_for_status()
+            meta = answer.json()["meta_info"]
+        except (requests.RequestException, ValueError, KeyError) as error:
+            raise BenchmarkError(f"{self.url}: {error!r}") from error
+        logprobs = np.full(self.vocabulary, -np.inf)
+        for logprob, token, _ in meta["output_top_logprobs"][0]:
+            logprobs[token] = logprob
+        return logprobs, meta["rksc"]
+
+    def rksc_status(self) -> dict[str, Any]:
+        answer = requests.get(self.url + "/rksc/status", timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+
+def _body(prompt: str, steps: int, share: str, salt: str, tau: float | None) -> dict[str, Any]:
+    contract = {"share": share} if tau is None else {"share": share, "tau": tau}
+    params = {
+        "max_new_tokens": steps,
+        "temperature": 0,
+        "ignore_eos": True,
+        "custom_params": {"rksc": contract},
+    }
+    return {"text": prompt, "sampling_params": params, "cache_salt": salt}
+
+
+def repeated_runs(
+    tokens: Sequence[int], donors: Sequence[Sequence[int]], shortest: int
+) -> list[tuple[int, int]]:
+    """What a prompt repeats of its donors behind another prefix.
+
+    Greedy, the longest run from each place on. The exact prefix is no such run, nor is the last
+    token, which is always computed.
+
+    Returns:
+        Start in the prompt and length of each run of at least ``shortest`` tokens.
+    """
+    places: dict[tuple[int, ...], list[tuple[Sequence[int], int]]] = {}
+    for donor in donors:
+        for i in range(len(donor) - shortest + 1):
+            places.setdefault(tuple(donor[i : i + shortest]), []).append((donor, i))
+    end = len(tokens) - 1
+    at = max((_common(tokens, 0, donor, 0) for donor in donors), default=0)
+    runs = []
+    while at + shortest <= end:
+        found = places.get(tuple(tokens[at : at + shortest]), ())
+        longest = max((_common(tokens, at, donor, i) for donor, i in found), default=0)
+        if longest:
+            runs.append((at, min(longest, end - at)))
+        at += longest or 1
+    return runs
+
+
+def _common(a: Sequence[int], i: int, b: Sequence[int], j: int) -> int:
+    """How many tokens of ``a`` from ``i`` on equal those of ``b`` from ``j`` on."""
+    length = 0
+    while i + length < len(a) and j + length < len(b) and a[i + length] == b[j + length]:
+        length += 1
+    return length
+
+
+def kl_divergence(exact: np.ndarray, other: np.ndarray) -> float:
+    """KL(exact || other) in nats, of log-probabilities."""
+    return float(np.sum(np.exp(exact) * (exact - other)))
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A prompt's answer by full recompute."""
+
+    answer: Answer
+    logprobs: np.ndarray
+
+
+class Quality:
+    """Spliced against full recompute on one server."""
+
+    def __init__(
+        self, client: Client, condition: str, tokenize: Callable[[str], list[int]]
+    ) -> None:
+        self.client = client
+        self.condition = condition
+        self.tokenize = tokenize
+        splice = client.rksc_status()["ranks"][0].get("splice") or {}
+        self.setting = {name: splice.get(name) for name in ("head", "min_tokens")}
+        self.labels = [self._label(text) for text in LABELS]
+
+    def _label(self, text: str) -> int:
+        tokens = self.tokenize(text)
+        if len(tokens) != 1:
+            raise BenchmarkError(f"the verdict {text!r} is not a single token of this model")
+        return tokens[0]
+
+    def recompute(self, case: SpliceCase) -> Recomputed:
+        salt = self.client.salt()
+        answer = self.client.ask(case.prompt, STEPS, EXACT, salt)
+        return Recomputed(answer, self.client.first_token(case.prompt, EXACT, salt)[0])
+
+    def row(self, number: int, case: SpliceCase, exact: Recomputed) -> Row:
+        """The raw measurements of a case; each request finds the donors and nothing else."""
+        salt = self._with_donors(case)
+        spliced = self.client.ask(case.prompt, STEPS, SIMILAR, salt)
+        salt = self._with_donors(case)
+        logprobs, info = self.client.first_token(case.prompt, SIMILAR, salt)
+        row = {
+            **self._facts(number, case),
+            "exact_ttft": exact.answer.ttft,
+            "exact_output": exact.answer.tokens,
+            "exact_labels": exact.logprobs[self.labels].tolist(),
+            "ttft": spliced.ttft,
+            "output": spliced.tokens,
+            "info": spliced.info,
+            **self._distance(exact, logprobs, info),
+            "labels": logprobs[self.labels].tolist(),
+            "ungated": None,
+        }
+        if info["spliced_tokens"] < row["repeatable_tokens"] / 2:
+            # What the gate refused is needed to judge the gate.
+            salt = self._with_donors(case)
+            row["ungated"] = self._distance(
+                exact, *self.client.first_token(case.prompt, SIMILAR, salt, tau=0)
+            )
+        return row
+
+    def adversarial(self, cases: Sequence[SpliceCase], wanted: int) -> Iterator[Row]:
+        """Rows of all near-duplicates tried, until ``wanted`` answered differently were spliced."""
+        found = 0
+        for number, case in enumerate(cases):
+            original = self.client.ask(case.donors[0], ANSWER_TOKENS, EXACT, self.client.salt())
+            salt = self.client.salt()
+            edited = self.client.ask(case.prompt, STEPS, EXACT, salt)
+            facts = {
+                "answer_tokens": ANSWER_TOKENS,
+                "donor_output": original.tokens,
+                "answers_differ": original.tokens != edited.tokens[:ANSWER_TOKENS],
+            }
+            if not facts["answers_differ"]:
+                yield {**self._facts(number, case), **facts}
+                continue
+            logprobs = self.client.first_token(case.prompt, EXACT, salt)[0]
+            row = {**self.row(number, case, Recomputed(edited, logprobs)), **facts}
+            found += row["info"]["spliced_tokens"] > 0
+            yield row
+            if found == wanted:
+                return
+
+    def _with_donors(self, case: SpliceCase) -> str:
+        salt = self.client.salt()
+        for donor in case.donors:
+            self.client.ask(donor, 1, EXACT, salt)
+        return salt
+
+    def _facts(self, number: int, case: SpliceCase) -> Row:
+        tokens = self.tokenize(case.prompt)
+        donors = [self.tokenize(donor) for donor in case.donors]
+        runs = repeated_runs(tokens, donors, SHORTEST_RUN)
+        return {
+            "workload": case.family,
+            "condition": self.condition,
+            "repeat": 0,
+            "position": number,
+            "setting": self.setting,
+            **case.facts,
+            "prompt_tokens": len(tokens),
+            "prefix_tokens": max(_common(tokens, 0, donor, 0) for donor in donors),
+            "repeatable_tokens": sum(length for _, length in runs),
+            "runs": runs,
+        }
+
+    @staticmethod
+    def _distance(exact: Recomputed, logprobs: np.ndarray, info: Mapping[str, Any]) -> Row:
+        return {
+            "kl": kl_divergence(exact.logprobs, logprobs),
+            "top1": bool(exact.logprobs.argmax() == logprobs.argmax()),
+            "kl_info": dict(info),
+        }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Prompts for one repetition of a timing case, the same for each server."""
+
+    donor: str
+    context: str
+    targets: Sequence[str]
+
+    @classmethod
+    def draw(cls, shelf: Shelf, cut: Callable[[str], str]) -> Speed:
+        donor, *others = shelf.rng.sample(PERSONAS, 9)
+        user = cut(shelf.document(900))
+        context, _, _ = chat(others[0], user).partition(user)
+        return cls(chat(donor, user), context, [chat(other, user) for other in others])
+
+    def latency(self, client: Client, *, cached: bool) -> Row:
+        salt = client.salt()
+        client.ask(self.donor, 1, EXACT, salt)
+        if cached:
+            client.ask(self.context, 1, EXACT, salt)
+        answer = client.ask(self.targets[0], 1, SIMILAR, salt)
+        return {"seconds": answer.ttft, "infos": [answer.info]}
+
+    def fanout(self, client: Client, *, donor: bool) -> Row:
+        salt = client.salt()
+        if donor:
+            client.ask(self.donor, 1, EXACT, salt)
+        start = time.perf_counter()
+        answers, _ = together(
+            [partial(client.ask, target, 1, SIMILAR, salt) for target in self.targets]
+        )
+        seconds = time.perf_counter() - start
+        return {"seconds": seconds, "infos": [answer.info for answer in answers]}
+
+
+def load(client: Client, prompts: Sequence[str]) -> Row:
+    """Unrelated prompts at once: generated tokens a second."""
+    salt = client.salt()
+    start = time.perf_counter()
+    together([partial(client.ask, prompt, 4, SIMILAR, salt) for prompt in prompts])
+    return {"throughput": 4 * len(prompts) / (time.perf_counter() - start)}
+
+
+def time_against_stock(
+    clients: Mapping[str, Client], shelf: Shelf, cut: Callable[[str], str], sizes: Sizes
+) -> Iterator[Row]:
+    """Rows of the timing cases, servers interleaved in random order.
+
+    Raises:
+        BenchmarkError: the server splices nothing.
+    """
+
+    def interleaved(workload: str, repeat: int, run: Callable[[Client], Row]) -> Iterator[Row]:
+        for condition in shelf.rng.sample(list(clients), len(clients)):
+            yield {
+                "workload": workload,
+                "condition": condition,
+                "repeat": repeat,
+                "position": 0,
+                **run(clients[condition]),
+            }
+
+    def speed() -> Speed:
+        return Speed.draw(shelf, cut)
+
+    for repeat in range(-1, max(sizes.latencies, sizes.loads, sizes.fanouts)):
+        rows: list[Row] = []  # of repetition -1, which warms up
+        if repeat < sizes.latencies:
+            for workload, cached in (("ttft_1k", True), ("ttft_1k_new_context", False)):
+                rows += interleaved(workload, repeat, partial(speed().latency, cached=cached))
+        if repeat < sizes.loads:
+            prompts = [shelf.document(50) for _ in range(16)]
+            rows += interleaved("f_nothing", repeat, partial(load, prompts=prompts))
+        if 0 <= repeat < sizes.fanouts:
+            for workload, donor in (("fanout8", True), ("fanout8_cold", False)):
+                rows += interleaved(workload, repeat, partial(speed().fanout, donor=donor))
+        if repeat >= 0:
+            yield from rows
+            continue
+        for row in rows:
+            info = (row.get("infos") or [None])[0]
+            if row["condition"] == "rksc" and info is not None and not info["spliced_tokens"]:
+                raise BenchmarkError(f"nothing was spliced: {info['fallback']}")
+
+
+def compare(quality: Quality, cases: Iterable[tuple[int, SpliceCase]]) -> Iterator[Row]:
+    for number, case in cases:
+        yield quality.row(number, case, quality.recompute(case))
+
+
+def quality_cases(shelf: Shelf, sizes: Sizes) -> list[SpliceCase]:
+    return [
+        *splice_cases.persona_cases(shelf, sizes.persona),
+        *splice_cases.verifier_cases(shelf, sizes.groups, sizes.group_sizes),
+        *splice_cases.hint_cases(shelf, sizes.hinted),
+        *splice_cases.order_cases(shelf, sizes.order),
+    ]
+
+
+def measure(args: Any, sizes: Sizes, progress: Progress) -> tuple[list[Row], dict[str, Any]]:
+    """All rows, and the configuration that they were taken with."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    model = str(args.model_path or ensure_smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    vocabulary = AutoConfig.from_pretrained(model).vocab_size
+    problems = splice_cases.word_problems(args.questions) if args.questions else []
+    texts = machine_texts()
+    seeds = random.Random(args.seed)
+    flags = ["--model-path", model, "--max-total-tokens", "32768"]
+
+    def shelf() -> Shelf:
+        return Shelf(texts, problems, seeds.getrandbits(32))
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def cut(text: str) -> str:
+        return tokenizer.decode(tokenize(text)[:RUN_TOKENS])
+
+    @contextmanager
+    def server(name: str, *more: str) -> Iterator[Client]:
+        with ServerProcess([*flags, *more], log=logs / f"{name}.log") as process:
+            process.wait_ready()
+            yield Client(process.url, vocabulary)
+
+    def collect(description: str, new: Iterable[Row]) -> list[Row]:
+        bar = progress.add_task(description, total=None)
+        collected = []
+        for row in new:
+            collected.append(row)
+            progress.update(bar, description=f"{description}: {len(collected)} rows")
+        return collected
+
+    balanced = ("--rksc-mode", "balanced")
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        with server("rksc", *balanced) as client:
+            with server("stock", "--rksc-mode", "off") as stock:
+                clients = {"stock": stock, "rksc": client}
+                rows += collect("timing", time_against_stock(clients, shelf(), cut, sizes))
+            quality = Quality(client, "rksc", tokenize)
+            cases = quality_cases(shelf(), sizes)
+            order = seeds.sample(list(enumerate(cases)), len(cases))
+            rows += collect("quality", compare(quality, order))
+            edits = itertools.islice(splice_cases.adversarial_cases(shelf()), 5 * sizes.adversarial)
+            edited = list(edits)
+            tried = collect("near-duplicates", quality.adversarial(edited, sizes.adversarial))
+            rows += tried
+            status = client.rksc_status()
+            rows.append({"workload": "status", "condition": "rksc", **status["ranks"][0]})
+        curve = _some(cases, sizes.curve_cases)
+        differing = [row["position"] for row in tried if row["answers_differ"]]
+        curve += [(n, edited[n]) for n in differing[: 2 * sizes.curve_cases]]
+        for head in sizes.heads:
+            with server(f"head{head}", *balanced, "--rksc-splice-head", str(head)) as client:
+                quality = Quality(client, f"head={head}", tokenize)
+                rows += collect(f"head of {head}", compare(quality, curve))
+        with server("lengths", *balanced, "--rksc-splice-min-tokens", "8") as client:
+            quality = Quality(client, "min_tokens=8", tokenize)
+            lengths = splice_cases.length_cases(shelf(), sizes.lengths, sizes.each_length)
+            rows += collect("lengths", compare(quality, list(enumerate(lengths))))
+    return rows, {"rksc": status["config"], "flags": [*flags, *balanced]}
+
+
+def _some(cases: Sequence[SpliceCase], each: int) -> list[tuple[int, SpliceCase]]:
+    """The first ``each`` cases of every family, with their numbers."""
+    chosen: list[tuple[int, SpliceCase]] = []
+    for family in dict.fromkeys(case.family for case in cases):
+        chosen += [(n, case) for n, case in enumerate(cases) if case.family == family][:each]
+    return chosen
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures, of the shipped setting but for the curves.
+
+    Raises:
+        BenchmarkError: nothing was spliced where a figure needs it.
+    """
+    shipped = [row for row in rows if row["condition"] == "rksc"]
+    measured = [row for row in shipped if row["workload"] in FAMILIES and "kl" in row]
+    spliced = [row for row in measured if row["kl_info"]["spliced_tokens"]]
+    adversarial = [row for row in spliced if row["workload"] == ADVERSARIAL]
+    for row in shipped:
+        for info in row.get("infos", ()):
+            if not info["spliced_tokens"]:
+                raise BenchmarkError(
+                    f"nothing was spliced in {row['workload']}: {info['fallback']}"
+                )
+    if not spliced or not adversarial:
+        reasons = {str(row["kl_info"]["fallback"]) for row in measured}
+        raise BenchmarkError(f"nothing was spliced: {', '.join(sorted(reasons))}")
+    repeatable = [row for row in measured if row["workload"] in (PERSONA, VERIFIER, HINT)]
+    judge = judge_consistency(spliced)
+    gate = gate_aucs([_without_gate(row) for row in measured])
+    speed = {
+        workload: paired_ratio(*harness.pairs(rows, workload, "seconds", "stock", "rksc"))
+        for workload in TIMINGS
+    }
+    overhead = paired_ratio(*harness.pairs(rows, "f_nothing", "throughput", "rksc", "stock"))
+    status = next((row for row in shipped if row["workload"] == "status"), {})
+    return {
+        "ttft_speedup_1k": speed["ttft_1k"]["ratio"],
+        "ttft_speedup_1k_new_context": speed["ttft_1k_new_context"]["ratio"],
+        "fanout8_speedup": speed["fanout8"]["ratio"],
+        "fanout8_cold_speedup": speed["fanout8_cold"]["ratio"],
+        "coverage": float(np.mean([_covered(row) for row in repeatable])),
+        "top1_agreement": float(np.mean([row["top1"] for row in spliced])),
+        "kl_mean": float(np.mean([row["kl"] for row in spliced])),
+        "kl_p99": float(np.quantile([row["kl"] for row in spliced], 0.99)),
+        "greedy16_agreement": float(np.mean([_greedy(row) for row in spliced])),
+        "adversarial_agreement": float(np.mean([_answer_kept(row) for row in adversarial])),
+        "judge_consistency": judge["consistent"],
+        "overhead_f": overhead["ratio"],
+        "index_us_per_token": (status.get("splice") or {}).get("index_microseconds_per_token"),
+        "gate_auc": gate["similarity"],
+        "cases": len(measured),
+        "spliced_cases": len(spliced),
+        "intervals": {**speed, "overhead_f": overhead},
+        "adversarial": {
+            "tried": sum(row["workload"] == ADVERSARIAL for row in shipped),
+            "spliced_and_different": len(adversarial),
+            # The harm that matters: the donor's answer given for the edited prompt.
+            "donor_answers": sum(_is_donor_answer(row) for row in adversarial),
+            "agreement": wilson([_answer_kept(row) for row in adversarial]),
+        },
+        "judge": judge,
+        "gate": gate,
+        "families": {
+            family: family_summary([row for row in measured if row["workload"] == family])
+            for family in FAMILIES
+        },
+        "curves": {
+            "tau": tau_curve([_without_gate(row) for row in measured]),
+            "head": head_curve(rows),
+            "run_length": length_curve([row for row in rows if row["workload"] == LENGTH]),
+        },
+    }
+
+
+def _covered(row: Row) -> bool:
+    return row["info"]["spliced_tokens"] >= 0.8 * row["repeatable_tokens"]
+
+
+def _greedy(row: Row) -> float:
+    """Share of the greedy tokens before the first that differs."""
+    return _common(row["output"], 0, row["exact_output"], 0) / len(row["exact_output"])
+
+
+def _answer_kept(row: Row) -> bool:
+    steps = row["answer_tokens"]
+    return row["output"][:steps] == row["exact_output"][:steps]
+
+
+def _is_donor_answer(row: Row) -> bool:
+    return row["output"][: row["answer_tokens"]] == row["donor_output"]
+
+
+def _without_gate(row: Row) -> Row:
+    """The row as it would be with tau 0."""
+    return {**row, **(row["ungated"] or {})}
+
+
+def wilson(outcomes: Sequence[bool]) -> dict[str, float]:
+    """A share and its 95 % Wilson interval: all or none of a few is no certainty."""
+    n, z = len(outcomes), 1.96
+    share = sum(outcomes) / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return {"share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """A mean and its 95 % bootstrap interval."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, array.size, size=(RESAMPLES, array.size))
+    means = array[picks].mean(axis=1)
+    return {
+        "mean": float(array.mean()),
+        "low": float(np.quantile(means, 0.025)),
+        "high": float(np.quantile(means, 0.975)),
+    }
+
+
+def family_summary(measured: Sequence[Row]) -> dict[str, Any]:
+    spliced = [row for row in measured if row["kl_info"]["spliced_tokens"]]
+    if not spliced:
+        return {"cases": len(measured), "spliced": 0}
+    return {
+        "cases": len(measured),
+        "spliced": len(spliced),
+        "spliced_share_of_prompt": float(
+            np.mean([row["info"]["spliced_tokens"] / row["prompt_tokens"] for row in spliced])
+        ),
+        "ttft_speedup": paired_ratio(
+            [row["exact_ttft"] for row in spliced], [row["ttft"] for row in spliced]
+        ),
+        "top1_agreement": wilson([row["top1"] for row in spliced]),
+        "kl": mean_interval([row["kl"] for row in spliced]),
+        "kl_max": max(row["kl"] for row in spliced),
+        "greedy16_agreement": mean_interval([_greedy(row) for row in spliced]),
+    }
+
+
+def judge_consistency(spliced: Sequence[Row]) -> dict[str, Any]:
+    """Groups whose spliced candidates have the same winner and verdicts as with full recompute.
+
+    A candidate's score is the margin of Yes over No, its verdict the sign of that.
+    """
+    groups: dict[int, list[Row]] = {}
+    for row in spliced:
+        if row["workload"] == VERIFIER:
+            groups.setdefault(row["group"], []).append(row)
+    outcomes = []
+    for group in groups.values():
+        if len(group) > 1:
+            exact, ours = (
+                np.subtract(*np.transpose([row[name] for row in group]))
+                for name in ("exact_labels", "labels")
+            )
+            same_winner = bool(exact.argmax() == ours.argmax())
+            outcomes.append((same_winner, bool(((exact > 0) == (ours > 0)).all())))
+    if not outcomes:
+        raise BenchmarkError(f"nothing was spliced in {VERIFIER}")
+    winners, verdicts = zip(*outcomes)
+    both = wilson([winner and verdict for winner, verdict in outcomes])
+    return {
+        "groups": len(outcomes),
+        "consistent": both["share"],
+        "interval": both,
+        "same_winner": float(np.mean(winners)),
+        "same_verdicts": float(np.mean(verdicts)),
+    }
+
+
+#: What could tell a harmful splice from a harmless one; more of it should mean less harm.
+PREDICTORS: dict[str, Callable[[Row], float]] = {
+    "similarity": lambda row: row["kl_info"]["similarity"],
+    "run_tokens": lambda row: row["kl_info"]["spliced_tokens"],
+    "recomputed_share": lambda row: row["kl_info"]["recomputed_tokens"] / row["prompt_tokens"],
+    "tokens_behind_last_change": lambda row: row["prompt_tokens"] - row["runs"][-1][0],
+    "few_changed_tokens": lambda row: (
+        row["prefix_tokens"] + row["repeatable_tokens"] - row["prompt_tokens"]
+    ),
+    "short_context": lambda row: -row["runs"][0][0],
+}
+
+
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """Chance that a positive scores higher than a negative; ties count half."""
+    mask = np.asarray(positive)
+    high, low = np.asarray(scores)[mask], np.asarray(scores)[~mask]
+    if not high.size or not low.size:
+        return None
+    differences = np.sign(high[:, None] - low[None, :])
+    return float((differences.mean() + 1) / 2)
+
+
+def gate_aucs(measured: Sequence[Row]) -> dict[str, Any]:
+    """How well each predictor tells splices of KL up to the median from those above.
+
+    ``tail``: the worst tenth from the rest.
+    """
+    rows = [
+        row
+        for row in measured
+        if row["runs"]
+        and row["kl_info"]["spliced_tokens"]
+        and row["kl_info"]["similarity"] is not None
+    ]
+    if not rows:
+        return {"similarity": None}
+    kl = np.array([row["kl"] for row in rows])
+    median, tail = (float(np.quantile(kl, q)) for q in (0.5, 0.9))
+    scores = {name: [predict(row) for row in rows] for name, predict in PREDICTORS.items()}
+    return {
+        **{name: auc(values, list(kl <= median)) for name, values in scores.items()},
+        "median_kl": median,
+        "tail": {name: auc(values, list(kl <= tail)) for name, values in scores.items()},
+        "tail_kl": tail,
+    }
+
+
+def _point(rows: Sequence[Row]) -> dict[str, Any]:
+    kl = [row["kl"] for row in rows]
+    return {
+        "cases": len(rows),
+        "kl_mean": float(np.mean(kl)),
+        "kl_max": max(kl),
+        "top1_agreement": float(np.mean([row["top1"] for row in rows])),
+    }
+
+
+def tau_curve(measured: Sequence[Row]) -> list[dict[str, Any]]:
+    """What is spliced, and what that does, at every tau, from cases taken without the gate."""
+    rows = [row for row in measured if row["kl_info"]["similarity"] is not None]
+    points = []
+    for tau in sorted({0.0, *(round(row["kl_info"]["similarity"], 2) for row in rows)}):
+        passed = [row for row in rows if row["kl_info"]["similarity"] >= tau]
+        if passed:
+            share = len(passed) / len(rows)
+            points.append({"tau": tau, "spliced_share": share, **_point(passed)})
+    return points
+
+
+def head_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """By r, over the cases that were measured and spliced with each."""
+    taken: dict[int, dict[tuple[str, int], Row]] = {}
+    for row in rows:
+        of_curve = row["condition"] == "rksc" or row["condition"].startswith("head=")
+        if of_curve and "kl" in row and row["kl_info"]["spliced_tokens"]:
+            key = (row["workload"], row["position"])
+            taken.setdefault(row["setting"]["head"], {})[key] = row
+    common = set.intersection(*map(set, taken.values())) if len(taken) > 1 else set()
+    return [
+        {
+            "head": head,
+            **_point([taken[head][key] for key in common]),
+            "greedy16_agreement": float(np.mean([_greedy(taken[head][key]) for key in common])),
+            "ttft_speedup": float(
+                np.median([taken[head][k]["exact_ttft"] / taken[head][k]["ttft"] for k in common])
+            ),
+        }
+        for head in sorted(taken)
+        if common
+    ]
+
+
+def length_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """By length of the run, in steps of a factor of two."""
+    bins: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["kl_info"]["spliced_tokens"]:
+            bins.setdefault(int(np.log2(row["kl_info"]["spliced_tokens"])), []).append(row)
+    return [
+        {
+            "run_tokens": float(np.mean([r["kl_info"]["spliced_tokens"] for r in bins[power]])),
+            **_point(bins[power]),
+            "ttft_speedup": float(np.median([r["exact_ttft"] / r["ttft"] for r in bins[power]])),
+        }
+        for power in sorted(bins)
+    ]
+
+
+def plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """A picture of the curves, where matplotlib is installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print('no picture of the curves: install the extra "bench" for matplotlib')
+        return
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    panels = (
+        ("tau", "tau", "spliced_share", "share spliced"),
+        ("head", "head", "ttft_speedup", "TTFT speed-up"),
+        ("run_length", "run_tokens", "ttft_speedup", "TTFT speed-up"),
+    )
+    labels = ("tau", "r, tokens recomputed at the head", "length of the run, tokens")
+    for axis, label, (curve, x, benefit, name) in zip(axes, labels, panels):
+        xs = [point[x] for point in curves[curve]]
+        axis.plot(xs, [point["kl_mean"] for point in curves[curve]], "o-", color="tab:red")
+        axis.set(xlabel=label, ylabel="mean KL, nats", ylim=(0, None))
+        other = axis.twinx()
+        other.plot(xs, [point[benefit] for point in curves[curve]], "s--", color="tab:blue")
+        other.set(ylabel=name, ylim=(0, None))
+        if x != "tau":
+            axis.set_xscale("symlog", base=2)
+    figure.savefig(path, dpi=120)
+    print(f"curves: {path}")
+
+
+def print_families(families: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table("family", "spliced", "reused", "TTFT x", "top 1", "mean KL", "16 greedy tokens")
+
+    def cell(value: Mapping[str, float], name: str) -> str:
+        return f"{value[name]:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
+
+    for family, result in families.items():
+        cells = [family, f"{result['spliced']} of {result['cases']}"]
+        if result["spliced"]:
+            cells += [
+                f"{result['spliced_share_of_prompt']:.0%}",
+                cell(result["ttft_speedup"], "ratio"),
+                cell(result["top1_agreement"], "share"),
+                cell(result["kl"], "mean"),
+                cell(result["greedy16_agreement"], "mean"),
+            ]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded SmolLM2")
+    args = parser.parse_args()
+    with Progress(console=Console(stderr=True)) as progress:
+        rows, config = measure(args, QUICK if args.quick else Sizes(), progress)
+    packages = ("rksc-sglang", "sglang", "torch", "transformers")
+    result = {
+        "benchmark": "benchmarks.splice",
+        "machine": harness.machine(),
+        "versions": {package: version(package) for package in packages},
+        "config": {"argv": sys.argv[1:], "quick": args.quick, "seed": args.seed, **config},
+        "rows": rows,
+    }
+    summary = harness.report(result, args.json)["summary"]
+    print_families(summary["families"])
+    if args.json:
+        plot(summary["curves"], args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
