@@ -33,11 +33,13 @@ class Planner(NamedTuple):
 
     Attributes:
         head: tokens recomputed at the beginning of each run, at least 1.
+        tail: tokens recomputed at the end of a prompt, at least 1: what is asked is there.
         min_tokens: shortest stretch that is worth a splice.
         page_size: of the KV pool: what is ready always fills whole pages.
     """
 
     head: int
+    tail: int
     min_tokens: int
     page_size: int
 
@@ -45,12 +47,16 @@ class Planner(NamedTuple):
         """Where the search for runs must begin: a head may be among what is ready."""
         return max(ready - self.head, 0)
 
+    def limit(self, prompt_length: int) -> int:
+        """Tokens from here on are always computed."""
+        return max(prompt_length - self.tail, 0)
+
     def next_step(self, runs: Sequence[Run], ready: int, limit: int) -> Compute | Take | None:
         """The next thing to do for a prompt whose first ``ready`` tokens have their KV.
 
         Args:
             runs: of :meth:`ContentIndex.find` from :meth:`search_from` on.
-            limit: tokens from here on must be computed, the last of the prompt for instance.
+            limit: of :meth:`limit`, or less.
 
         Returns:
             None when nothing is left that is worth a splice.

@@ -72,7 +72,9 @@ def build_splicer(
         rotate_copy(pool.k_buffer, pool.v_buffer, source, target, rotation)
 
     cache.enable_splicing(ContentIndex(pool.k_buffer[0].shape[0]), copy)
-    planner = Planner(config.splice_head, config.splice_min_tokens, cache.page_size)
+    planner = Planner(
+        config.splice_head, config.splice_tail, config.splice_min_tokens, cache.page_size
+    )
     splicer = Splicer(cache, signatures, planner, scheduler.model_config.vocab_size, count)
     splicer.copy_seconds = _measure_copy(cache, copy)
     return splicer

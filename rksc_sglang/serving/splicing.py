@@ -150,7 +150,7 @@ class Splicer:
     ) -> Req | AddReqResult | None:
         assert self.cache.index is not None
         tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
-        limit = len(tokens) - 1
+        limit = self.planner.limit(len(tokens))
         if req.return_logprob and req.logprob_start_len >= 0:
             limit = min(limit, req.logprob_start_len)
         ready = req.prefix_len + len(state.private)
@@ -285,8 +285,10 @@ class Splicer:
         cache = self.cache
         return {
             "head": self.planner.head,
+            "tail": self.planner.tail,
             "min_tokens": self.planner.min_tokens,
             "signature_bytes_per_slot": self.signatures.bytes_per_slot,
+            "waiting_stages": len(cache.active),
             "indexed_tokens": len(cache.index) if cache.index is not None else 0,
             "index_bytes": cache.index.nbytes if cache.index is not None else 0,
             "index_microseconds_per_token": cache.index_nanoseconds

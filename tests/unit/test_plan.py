@@ -15,7 +15,7 @@ def run(start, length, donor_start=0):
 
 
 def test_context_and_head_are_computed_before_a_run_is_taken():
-    planner = Planner(head=4, min_tokens=8, page_size=1)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=1)
     runs = [run(20, 100)]
     assert planner.next_step(runs, ready=0, limit=150) == Compute(24, 96)
     assert planner.next_step(runs, ready=24, limit=150) == Take([(runs[0], 120)])
@@ -23,32 +23,38 @@ def test_context_and_head_are_computed_before_a_run_is_taken():
 
 
 def test_a_head_that_is_ready_already_is_not_computed_again():
-    planner = Planner(head=4, min_tokens=8, page_size=1)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=1)
     assert planner.search_from(24) == 20
     assert isinstance(planner.next_step([run(20, 50)], ready=24, limit=100), Take)
 
 
 def test_pages_are_taken_whole():
-    planner = Planner(head=4, min_tokens=8, page_size=16)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=16)
     runs = [run(20, 100)]
     assert planner.next_step(runs, ready=16, limit=150) == Compute(32, 80)
     assert planner.next_step(runs, ready=32, limit=150) == Take([(runs[0], 112)])
 
 
 def test_the_last_token_of_a_prompt_is_left_to_compute():
-    planner = Planner(head=4, min_tokens=8, page_size=1)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=1)
     step = planner.next_step([run(0, 100)], ready=4, limit=99)
     assert [stop for _, stop in step.options] == [99]
 
 
+def test_the_end_of_a_prompt_is_always_computed():
+    planner = Planner(head=4, tail=10, min_tokens=8, page_size=1)
+    assert planner.limit(100) == 90
+    assert planner.limit(6) == 0
+
+
 def test_what_is_too_short_is_computed():
-    planner = Planner(head=4, min_tokens=8, page_size=1)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=1)
     assert planner.next_step([run(20, 11)], ready=0, limit=100) is None
     assert planner.next_step([run(20, 12)], ready=0, limit=100) == Compute(24, 8)
 
 
 def test_donors_that_hold_nearly_as_much_may_be_chosen_and_others_not():
-    planner = Planner(head=4, min_tokens=8, page_size=1)
+    planner = Planner(head=4, tail=1, min_tokens=8, page_size=1)
     long, close, short = run(0, 100), run(0, 95), run(0, 40)
     step = planner.next_step([short, close, long], ready=4, limit=200)
     assert step.options == [(long, 100), (close, 95)]
@@ -58,6 +64,7 @@ def test_donors_that_hold_nearly_as_much_may_be_chosen_and_others_not():
 def cases(draw):
     planner = Planner(
         head=draw(st.integers(1, 6)),
+        tail=1,
         min_tokens=draw(st.integers(1, 12)),
         page_size=draw(st.sampled_from([1, 4])),
     )

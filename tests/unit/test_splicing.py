@@ -25,7 +25,9 @@ TAINTED = "tainted"
 class Scheduler:
     """SGLang's scheduling steps around the splicer, on one small pool."""
 
-    def __init__(self, make_cache, make_req, capacity=256, page_size=1, head=2, min_tokens=4):
+    def __init__(
+        self, make_cache, make_req, capacity=256, page_size=1, head=2, tail=1, min_tokens=4
+    ):
         self.make_req = make_req
         self.cache = make_cache(SplicingRadixCache, capacity, page_size)
         self.capacity = capacity
@@ -37,7 +39,7 @@ class Scheduler:
         signatures = SimpleNamespace(
             similarity=lambda slot, others: [self.similarity.get(o, 1.0) for o in others]
         )
-        planner = Planner(head, min_tokens, page_size)
+        planner = Planner(head, tail, min_tokens, page_size)
         self.splicer = Splicer(self.cache, signatures, planner, 100, self.counts.append)
         self.adder_class = make_adder_class(
             8,

@@ -1,0 +1,235 @@
+"""Splicing on a live server: SmolLM2, mode balanced, pages of 16, the guard on every splice."""
+
+import json
+import random
+import threading
+import time
+
+import pytest
+import requests
+
+from rksc_sglang.server_process import ServerProcess
+
+DOCUMENT = (
+    "The lighthouse at Cape Morrow was built in 1874, when two ships had been lost on the reef in "
+    "one winter. Its keeper, Agnes Hale, lit the lamp every evening for thirty-one years, and wrote "
+    "down in a log what she saw: the weather, the names of the ships, and now and then a whale. "
+    "When the lamp was changed from oil to electricity, the harbour master asked her to stay and "
+    "to train the men who came after her. She agreed on one condition: that the old lens, which "
+    "had been made in France, should not be sold. It is still there, in the museum by the harbour, "
+    "and on the first Sunday of each month a volunteer cleans it with vinegar and a soft cloth."
+)
+SYSTEMS = [
+    "You answer questions in a few words.",
+    "You are a historian. Answer in one short sentence, and only from the text.",
+    "You are a teacher who speaks to children of ten. Be brief.",
+    "You work at the desk of a museum and help its visitors.",
+]
+
+
+def chat(system, user):
+    return (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def prompt(number, document=DOCUMENT, question="What should not be sold?"):
+    return chat(SYSTEMS[number], f"{document}\n\n{question}")
+
+
+def ask(url, text, share=None, salt=None, rksc=None, **kwargs):
+    contract = {**({"share": share} if share else {}), **(rksc or {})}
+    body = {
+        "text": text,
+        "sampling_params": {
+            "max_new_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+            **({"custom_params": {"rksc": contract}} if contract else {}),
+        },
+        **kwargs,
+    }
+    if salt:
+        body["cache_salt"] = salt
+    answer = requests.post(url + "/generate", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def info(answer):
+    return answer["meta_info"]["rksc"]
+
+
+def rank(url):
+    return requests.get(url + "/rksc/status", timeout=60).json()["ranks"][0]
+
+
+@pytest.fixture(scope="module")
+def splicing(smollm2, logs):
+    """A server in mode balanced; SGLang stops it when a slot leaks."""
+    flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
+    flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
+    flags += ["--enable-metrics"]
+    with ServerProcess(flags, log=logs / "splicing.log") as server:
+        server.wait_ready()
+        yield server.url
+        server.check()
+
+
+def test_the_document_behind_another_system_prompt_is_spliced(splicing):
+    first = ask(splicing, prompt(0), "similar", "a")
+    assert info(first)["share"] == "exact"
+    second = ask(splicing, prompt(1), "similar", "a")
+    used = info(second)
+    assert used["share"] == "similar"
+    assert used["spliced_tokens"] >= 96
+    assert used["spliced_tokens"] % 16 == 0
+    assert 0.5 <= used["similarity"] <= 1
+    total = used["exact_tokens"] + used["spliced_tokens"] + used["recomputed_tokens"]
+    assert total == second["meta_info"]["prompt_tokens"]
+    assert second["meta_info"]["cached_tokens"] == total - used["recomputed_tokens"]
+
+
+def test_it_is_on_for_all_requests_and_they_are_told(splicing):
+    ask(splicing, prompt(0), salt="default")
+    answer = ask(splicing, prompt(2), salt="default")
+    assert info(answer)["share"] == "similar"
+
+
+def test_nothing_spliced_reaches_an_exact_request(splicing, server):
+    ask(splicing, prompt(0), "similar", "b")
+    assert info(ask(splicing, prompt(1), "similar", "b"))["share"] == "similar"
+    options = {"return_logprob": True, "top_logprobs_num": 2}
+    ours = ask(splicing, prompt(1), "exact", "b", **options)
+    exact = ask(server, prompt(1), "exact", "b", **options)
+    assert info(ours)["spliced_tokens"] == 0
+    assert ours["output_ids"] == exact["output_ids"]
+    for a, b in zip(*(x["meta_info"]["output_token_logprobs"] for x in (ours, exact))):
+        assert a[0] == pytest.approx(b[0], abs=1e-4)
+
+
+def test_tenants_are_apart(splicing):
+    ask(splicing, prompt(0), "similar", "tenant 1")
+    assert info(ask(splicing, prompt(1), "similar", "tenant 2"))["share"] == "exact"
+    ask(splicing, prompt(0), "similar", extra_key="x")
+    assert info(ask(splicing, prompt(1), "similar", extra_key="y"))["share"] == "exact"
+
+
+def test_a_request_may_ask_for_more_similarity(splicing):
+    ask(splicing, prompt(0), "similar", "tau")
+    answer = ask(splicing, prompt(3), "similar", "tau", {"tau": 1.0})
+    assert info(answer)["share"] == "exact"
+
+
+def test_input_logprobs_over_the_run_are_exact(splicing):
+    ask(splicing, prompt(0), "similar", "logprobs")
+    answer = ask(
+        splicing, prompt(1), "similar", "logprobs", return_logprob=True, logprob_start_len=0
+    )
+    assert info(answer)["spliced_tokens"] == 0
+    assert len(answer["meta_info"]["input_token_logprobs"]) == answer["meta_info"]["prompt_tokens"]
+
+
+def test_siblings_that_arrive_together_wait_for_one_donor(splicing):
+    answers = [None] * len(SYSTEMS)
+
+    def send(number):
+        answers[number] = ask(splicing, prompt(number), "similar", "together")
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(len(SYSTEMS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(info(a)["share"] for a in answers) == ["exact", "similar", "similar", "similar"]
+
+
+def test_documents_in_another_order(splicing):
+    other = DOCUMENT.replace("lighthouse", "mill").replace("lamp", "wheel")
+    ask(splicing, prompt(0, f"{DOCUMENT}\n\n{other}"), "similar", "order")
+    answer = ask(splicing, prompt(0, f"{other}\n\n{DOCUMENT}"), "similar", "order")
+    assert info(answer)["spliced_tokens"] > 200
+
+
+def test_the_openai_routes_say_it_too(splicing):
+    for number in (0, 1):
+        body = {
+            "model": "smollm2",
+            "messages": [
+                {"role": "system", "content": SYSTEMS[number]},
+                {"role": "user", "content": DOCUMENT + "\n\nWho was the keeper?"},
+            ],
+            "max_tokens": 4,
+            "custom_params": {"rksc": {"share": "similar"}},
+            "cache_salt": "openai",
+        }
+        answer = requests.post(splicing + "/v1/chat/completions", json=body, timeout=120)
+    assert json.loads(answer.headers["x-rksc"])["share"] == "similar"
+
+
+def test_aborts_in_mid_splice_leak_nothing(splicing):
+    ask(splicing, prompt(0), "similar", "abort")
+    rng = random.Random(0)
+
+    def send(number):
+        with pytest.raises(requests.Timeout):
+            requests.post(
+                splicing + "/generate",
+                json={
+                    "text": prompt(number % 4, question=f"Question {number}?"),
+                    "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
+                    "cache_salt": "abort",
+                },
+                timeout=rng.uniform(0.02, 0.6),
+            )
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # SGLang counts its slots whenever it is idle, and ends the server when one is missing.
+    deadline = time.monotonic() + 60
+    while rank(splicing)["splice"]["waiting_stages"] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    assert info(ask(splicing, prompt(1), "similar", "abort"))["share"] == "similar"
+    assert rank(splicing)["counters"]["errors"] == 0
+
+
+def test_a_verifier_with_its_own_system_prompt(splicing):
+    import sglang as sgl
+
+    import rksc_sglang as rksc
+
+    @sgl.function
+    def program(s):
+        s += sgl.system("You answer questions in a few words.")
+        s += sgl.user(DOCUMENT + "\n\nWho was the keeper?")
+        branches = rksc.fork(s, 2, share="similar")
+        branches += sgl.assistant(sgl.gen("answer", max_tokens=6))
+        own = rksc.verify(branches, "answer", share="exact")
+        other = rksc.verify(
+            branches, "answer", system="You check the answers of others.", share="similar"
+        )
+        return own, other
+
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    own, other = program.run(backend=backend).ret_value
+    assert own.spliced_tokens == 0
+    assert other.spliced_tokens > 150
+    assert other.winner in (0, 1)
+
+
+def test_the_guard_has_looked_at_them(splicing):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        state = rank(splicing)
+        if state["counters"]["shadows"] >= 3 and state["splice"]["cost"] is not None:
+            break
+        time.sleep(0.5)
+    assert state["counters"]["shadows"] >= 3
+    assert state["splice"]["cost"]["token_seconds"] > 0
+    metrics = requests.get(splicing + "/metrics", timeout=60).text
+    assert "rksc:spliced_requests_total" in metrics
