@@ -81,14 +81,19 @@ class RkscConfig:
         most=1,
         type_=float,
     )
+    profile: str | None = _setting(
+        None,
+        "calibrated profile of the served model, written by python -m rksc_sglang.asks.calibrate",
+        type_=str,
+    )
     splice_head: int = _setting(
-        16, "tokens recomputed at the head of each run of text that is spliced", least=1
+        8, "tokens recomputed at the head of each run of text that is spliced", least=1
     )
     splice_tail: int = _setting(
-        32, "tokens at the end of a prompt that are always recomputed", least=1
+        16, "tokens at the end of a prompt that are always recomputed", least=1
     )
     splice_min_tokens: int = _setting(
-        48, "shortest run, in tokens behind its head, that is spliced", least=1
+        32, "shortest run, in tokens behind its head, that is spliced", least=1
     )
     guard_share: float = _setting(
         0.02,

@@ -122,6 +122,22 @@ def check_supported(server_args: Any) -> None:
         raise LaunchError("SGLANG_RUST_SERVER does not work with RKSC: it bypasses the contract")
 
 
+def check_profile(config: RkscConfig, model_path: str) -> None:
+    """Refuse a profile that is not of the model that is to be served.
+
+    Raises:
+        LaunchError: with the reason.
+    """
+    from pathlib import Path
+
+    from rksc_sglang.asks.profile import ProfileError, threshold
+
+    try:
+        threshold(config, Path(model_path))
+    except ProfileError as error:
+        raise LaunchError(str(error)) from error
+
+
 def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     """Check the command line and complete it.
 
@@ -159,6 +175,8 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     server_args = prepare_server_args(rest)
     if config.enabled:
         check_supported(server_args)
+        if config.profile:
+            check_profile(config, server_args.model_path)
     if not is_port_available(server_args.port):
         raise LaunchError(f"port {server_args.port} is in use: choose another with --port")
     return config, server_args

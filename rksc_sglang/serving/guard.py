@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 16
 #: Seconds without work before a shadow may run: bursts have shorter gaps.
 IDLE_SECONDS = 1.0
+#: Chance that splicing is ended for a tenant whom it does not harm.
+ALPHA = 0.05
 #: Nats; what is above counts as this much.
 KL_CAP = 1.0
 
@@ -48,8 +50,9 @@ class TenantMonitor:
     """Evidence about one tenant's splices."""
 
     def __init__(self, limits: Limits) -> None:
-        self.disagreement = HarmMonitor(limits.disagreement)
-        self.kl = HarmMonitor(limits.kl / KL_CAP)
+        # Half of the error that is allowed to each.
+        self.disagreement = HarmMonitor(limits.disagreement, ALPHA / 2)
+        self.kl = HarmMonitor(limits.kl / KL_CAP, ALPHA / 2)
 
     @property
     def tripped(self) -> bool:

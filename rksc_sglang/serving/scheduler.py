@@ -11,7 +11,6 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from rksc_sglang import compat
 from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
-from rksc_sglang.asks.threshold import threshold
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import KEY, RequestContract, ResponseInfo, contract_of
 from rksc_sglang.serving.features import decide, fallback_reason
@@ -210,8 +209,7 @@ class RkscScheduler(stock.Scheduler):
         ):
             return None
         asked = contract.tau if contract is not None else None
-        tau = threshold(self.rksc_config) if asked is None else asked
-        return SpliceState(req.rid, tau)
+        return SpliceState(req.rid, self.rksc_splicer.tau if asked is None else asked)
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
         if self.rksc_guard is not None:

@@ -48,7 +48,7 @@ class SpliceState:
         spliced_tokens, similarity: what was taken over, at which least similarity.
         skip_until: runs in front of this position were refused by the gate.
         reason: why nothing (more) is spliced.
-        closed: the request is gone.
+        stopped: nothing more is spliced; what a stage of it still computes is of no use.
     """
 
     rid: str
@@ -63,7 +63,6 @@ class SpliceState:
     skip_until: int = 0
     reason: str | None = None
     stopped: bool = False
-    closed: bool = False
     stages: int = 0
     nothing_at: tuple[int, int] | None = None  # index version and position of a vain search
 
@@ -88,6 +87,7 @@ class Splicer:
         cache: splicing enabled.
         signatures: of all its slots.
         planner: the shipped settings.
+        tau: least similarity where a request does not say, and where it is from.
         vocab_size: of the model.
         count: called with a counter's name.
     """
@@ -97,12 +97,14 @@ class Splicer:
         cache: SplicingRadixCache,
         signatures: Signatures,
         planner: Planner,
+        tau: tuple[float, str],
         vocab_size: int,
         count: Callable[[str], None],
     ) -> None:
         self.cache = cache
         self.signatures = signatures
         self.planner = planner
+        self.tau, self.tau_source = tau
         self.vocab_size = vocab_size
         self.count = count
         self.copy_seconds = 0.0  # to take over the KV of one token
@@ -155,25 +157,32 @@ class Splicer:
             limit = min(limit, req.logprob_start_len)
         ready = req.prefix_len + len(state.private)
         runs = self._find(req, state, tokens[:limit], ready)
-        while not state.stopped:
-            base = max(ready, state.skip_until)
-            step = self.planner.next_step(runs, base, limit)
-            if isinstance(step, Take) and base > ready:
-                step = Compute(base, step.options[0][1] - base)
-            if isinstance(step, Take):
-                chosen = self._gate(req, state, step, ready)
-                if chosen is None:
-                    self.count("gate_refusals")
-                    state.skip_until = max(stop for _, stop in step.options)
-                    continue
+        step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
+        if isinstance(step, Take):
+            chosen = self._gate(req, state, step, ready)
+            if chosen is not None:
                 return self._take(req, state, chosen, ready, runs, limit)
-            if isinstance(step, Compute) and self._pays(step.gain, 1):
-                return self._stage(req, state, step.stop)
-            if step is None and not len(state.private) and self._donor_is_coming(req, leaders):
-                return AddReqResult.CONTINUE
-            break
+            self.count("gate_refusals")
+            state.skip_until = max(stop for _, stop in step.options)
+        stage = self._next_stage(runs, max(ready, state.skip_until), limit)
+        if stage is not None:
+            return self._stage(req, state, stage)
+        if not runs and not len(state.private) and self._donor_is_coming(req, leaders):
+            return AddReqResult.CONTINUE
         self._admit(req, state, None)
         return None
+
+    def _next_stage(self, runs: list[Run], ready: int, limit: int) -> int | None:
+        """Where a stage that starts behind ``ready`` must end for the next run that pays."""
+        while True:
+            step = self.planner.next_step(runs, ready, limit)
+            if isinstance(step, Take):
+                step = Compute(ready, step.options[0][1] - ready)
+            if step is None:
+                return None
+            if self.cost is None or self.cost.saved(step.gain, passes=1) > 0:
+                return step.stop
+            ready = step.stop + step.gain
 
     def _find(self, req: Req, state: SpliceState, tokens: np.ndarray, ready: int) -> list[Run]:
         assert self.cache.index is not None
@@ -188,9 +197,6 @@ class Splicer:
         )
         state.nothing_at = None if runs else place
         return runs
-
-    def _pays(self, tokens: int, passes: int) -> bool:
-        return self.cost is None or self.cost.saved(tokens, passes) > 0
 
     def _gate(
         self, req: Req, state: SpliceState, step: Take, ready: int
@@ -222,13 +228,9 @@ class Splicer:
         run, stop, similarity = chosen
         load = Load(state, run, ready - run.start, stop - run.start, similarity)
         # At least a page is computed in between: its last token is where the next gate looks.
-        after = self.planner.next_step(runs, stop + self.planner.page_size, limit)
-        gain = after.gain if isinstance(after, Compute) else 0
-        if isinstance(after, Take):
-            after = Compute(stop + self.planner.page_size, after.options[0][1] - stop)
-            gain = after.gain - self.planner.page_size
-        if isinstance(after, Compute) and self._pays(gain, 1):
-            return self._stage(req, state, after.stop, load)
+        stage = self._next_stage(runs, stop + self.planner.page_size, limit)
+        if stage is not None:
+            return self._stage(req, state, stage, load)
         self._admit(req, state, load)
         return None
 
@@ -284,6 +286,9 @@ class Splicer:
         """For the status page."""
         cache = self.cache
         return {
+            "tau": self.tau,
+            "tau_source": self.tau_source,
+            "vocab_size": self.vocab_size,
             "head": self.planner.head,
             "tail": self.planner.tail,
             "min_tokens": self.planner.min_tokens,

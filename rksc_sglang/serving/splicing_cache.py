@@ -265,7 +265,7 @@ class SplicingRadixCache(RkscRadixCache):
             isinstance(stage, InternalState)
             and stage.parent is not None
             and req.skip_radix_cache_insert
-            and not stage.parent.closed
+            and not stage.parent.stopped
             and not isinstance(req.finished_reason, FINISH_ABORT)
         ):
             self._hand_over(req, stage.parent)
@@ -296,6 +296,6 @@ class SplicingRadixCache(RkscRadixCache):
         self.loads.pop(handle.rid, None)
         state = self.active.pop(handle.rid, None)
         if state is not None:
-            state.closed = True
+            state.give_up("aborted")
             self.free_private(state)
         super().release_aborted_request(handle)

@@ -40,7 +40,9 @@ class Scheduler:
             similarity=lambda slot, others: [self.similarity.get(o, 1.0) for o in others]
         )
         planner = Planner(head, tail, min_tokens, page_size)
-        self.splicer = Splicer(self.cache, signatures, planner, 100, self.counts.append)
+        self.splicer = Splicer(
+            self.cache, signatures, planner, (0.5, "test"), 100, self.counts.append
+        )
         self.adder_class = make_adder_class(
             8,
             on_held=lambda req: None,

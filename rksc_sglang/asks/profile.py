@@ -1,0 +1,105 @@
+"""Calibrated thresholds of a model: read, checked, and the evidence kept beside them.
+
+A profile is JSON that ``python -m rksc_sglang.asks.calibrate`` writes. It belongs to one model and
+to the settings that it was measured with; the server refuses one of another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rksc_sglang.config import RkscConfig
+
+PAPER_TAU = 0.80
+#: Without a profile: where SmolLM2's splices begin to be good, and the paper's value is below.
+DEFAULT_TAU = 0.98
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+class ProfileError(ValueError):
+    """A profile cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class SpliceProfile:
+    """What a calibration found.
+
+    Attributes:
+        model: :func:`fingerprint` of the model.
+        tau: least similarity at which a splice is good enough.
+        limit_kl: nats that its first tokens' mean KL divergence was to stay below.
+        settings: head, tail and min_tokens that were in use.
+        evidence: counts, bound, and the measured pairs (similarity, KL, same first token).
+    """
+
+    model: str
+    tau: float
+    limit_kl: float
+    settings: dict[str, int]
+    evidence: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> SpliceProfile:
+        """Raises ProfileError where the file is none, or not of this kind."""
+        try:
+            return cls(**json.loads(path.read_text())["splice"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProfileError(f"{path} is no splice profile: {error!r}") from error
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"splice": asdict(self)}, indent=1) + "\n")
+
+
+def fingerprint(model_path: Path) -> str:
+    """Identity of a checkpoint directory: its configuration, and samples of all its weights.
+
+    Raises:
+        ProfileError: it is no such directory.
+    """
+    try:
+        digest = hashlib.sha256((model_path / "config.json").read_bytes())
+    except OSError as error:
+        raise ProfileError(f"{model_path} is no directory with a checkpoint") from error
+    for weights in sorted(model_path.glob("*.safetensors")):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name} {size}".encode())
+        with weights.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(size - _SAMPLE_BYTES, 0) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def shipped_profiles() -> list[SpliceProfile]:
+    """The profiles of the embedded models."""
+    folder = Path(str(files("rksc_sglang.asks") / "profiles"))
+    return [SpliceProfile.load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def threshold(config: RkscConfig, model_path: Path) -> tuple[float, str]:
+    """Tau for requests that do not give their own, and where it is from.
+
+    Raises:
+        ProfileError: ``config.profile`` is no profile, or that of another model.
+    """
+    if config.tau is not None:
+        return config.tau, "--rksc-tau"
+    if config.mode == "paper":
+        return PAPER_TAU, "the paper"
+    if config.profile:
+        profile = SpliceProfile.load(Path(config.profile))
+        if profile.model != fingerprint(model_path):
+            raise ProfileError(f"--rksc-profile {config.profile} was calibrated on another model")
+        return profile.tau, f"the profile {config.profile}"
+    if (model_path / "config.json").exists():
+        model = fingerprint(model_path)
+        for profile in shipped_profiles():
+            if profile.model == model:
+                return profile.tau, "the shipped profile of this model"
+    return DEFAULT_TAU, "not calibrated for this model"
