@@ -14,7 +14,7 @@ def blocks(page, language):
 
 
 def test_the_readmes_program(server, tmp_path):
-    (program,) = blocks("README.md", "python")
+    program, _ = blocks("README.md", "python")
     assert "http://localhost:30000" in program
     script = tmp_path / "program.py"
     script.write_text(program.replace("http://localhost:30000", server))

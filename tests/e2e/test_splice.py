@@ -2,17 +2,23 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
 
 from rksc_sglang.server_process import ServerProcess
 
+ROOT = Path(__file__).parents[2]
+
 DOCUMENT = (
     "The lighthouse at Cape Morrow was built in 1874, when two ships had been lost on the reef in "
-    "one winter. Its keeper, Agnes Hale, lit the lamp every evening for thirty-one years, and wrote "
+    "one winter. Its keeper, Agnes Hale, lit the lamp every evening for thirty years, and wrote "
     "down in a log what she saw: the weather, the names of the ships, and now and then a whale. "
     "When the lamp was changed from oil to electricity, the harbour master asked her to stay and "
     "to train the men who came after her. She agreed on one condition: that the old lens, which "
@@ -89,6 +95,17 @@ def test_the_document_behind_another_system_prompt_is_spliced(splicing):
     total = used["exact_tokens"] + used["spliced_tokens"] + used["recomputed_tokens"]
     assert total == second["meta_info"]["prompt_tokens"]
     assert second["meta_info"]["cached_tokens"] == total - used["recomputed_tokens"]
+
+
+def test_the_readmes_first_splice(splicing, tmp_path):
+    _, program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "splice.py"
+    script.write_text(program.replace("http://localhost:30000", splicing))
+    result = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'share': 'similar'" in result.stdout.splitlines()[-1]
 
 
 def test_it_is_on_for_all_requests_and_they_are_told(splicing):
@@ -233,3 +250,29 @@ def test_the_guard_has_looked_at_them(splicing):
     assert state["splice"]["cost"]["token_seconds"] > 0
     metrics = requests.get(splicing + "/metrics", timeout=60).text
     assert "rksc:spliced_requests_total" in metrics
+
+
+def test_a_corrupted_splice_is_noticed_and_ended(tiny_model, logs):
+    flags = ["--model-path", str(tiny_model), "--rksc-mode", "balanced", "--rksc-tau", "0"]
+    flags += ["--rksc-guard-share", "1", "--max-total-tokens", "8192"]
+    module = "tests.e2e.corrupted_server"
+    with ServerProcess(flags, log=logs / "corrupted.log", module=module) as server:
+        server.wait_ready()
+        deadline = time.monotonic() + 120
+        spliced = 0
+        while time.monotonic() < deadline and not rank(server.url)["counters"]["guard_trips"]:
+            # One tenant; each time another text, so that there is something to splice.
+            text = DOCUMENT.replace("1874", str(1000 + spliced))
+            ask(server.url, prompt(0, text), "similar", "harmed")
+            answer = ask(server.url, prompt(1, text), "similar", "harmed")
+            spliced += info(answer)["share"] == "similar"
+            time.sleep(1.2)
+        assert spliced >= 2
+        state = rank(server.url)
+        assert state["counters"]["guard_trips"] == 1
+        assert sum(t["tripped"] for t in state["splice"]["guard"]["tenants"].values()) == 1
+        text = DOCUMENT.replace("1874", "1999")
+        ask(server.url, prompt(0, text), "similar", "harmed")
+        answer = ask(server.url, prompt(1, text), "similar", "harmed")
+        assert info(answer)["share"] == "exact"
+        assert "guard" in info(answer)["fallback"]

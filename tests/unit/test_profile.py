@@ -60,7 +60,7 @@ def test_prompts_repeat_their_donors_text_and_differ_from_it():
     for donor, prompt in prompts:
         assert donor != prompt
         common = set(donor.split()) & set(prompt.split())
-        assert len(common) > 0.5 * len(set(prompt.split()))
+        assert len(common) > 0.3 * len(set(prompt.split()))
     assert prompts == list(islice(make_prompts(own_texts(), random.Random(1)), 30))
 
 
