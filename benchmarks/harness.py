@@ -1,8 +1,9 @@
 """What all benchmarks share: servers, interleaved and paired runs, tables, JSON.
 
 A benchmark is a module with a ``summarise(rows)`` function and a ``main`` that calls :func:`run`.
-*Conditions* are servers, all up at the same time; *cases* are pieces of work. Each repetition sends
-a case to every condition, one after the other in random order: the machine's drift hits all.
+*Conditions* are servers; those of a group are up at the same time. *Cases* are pieces of work. Each
+repetition sends a case to every condition of its group, one after the other in random order: the
+machine's drift hits all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,7 +42,7 @@ class Case:
     Attributes:
         workload: the kind it belongs to; summaries are by workload.
         run: does it on the server at a URL, and returns measurements by name.
-        group: conditions that it is for, by their group name (a model, say).
+        group: the conditions that it is for, by their group (a model, say).
     """
 
     workload: str
@@ -153,46 +154,20 @@ def run(
     """
     rng = random.Random(args.seed)
     rows: list[Row] = []
-    with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {
-            c.name: stack.enter_context(ServerProcess(list(c.flags), log=logs / f"{c.name}.log"))
-            for c in conditions
-        }
-        progress = stack.enter_context(
-            Progress(
-                *Progress.get_default_columns()[:3],
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
+    with Progress(
+        *Progress.get_default_columns()[:3],
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        for group in dict.fromkeys(condition.group for condition in conditions):
+            rows += _measure(
+                [c for c in conditions if c.group == group],
+                [c for c in cases if c.group == group],
+                repeats,
+                rng,
+                progress,
             )
-        )
-        bar = progress.add_task("starting servers", total=None)
-        for server in servers.values():
-            server.wait_ready()
-        total = (repeats + 1) * sum(
-            condition.group == case.group for case in cases for condition in conditions
-        )
-        progress.update(bar, description="measuring", total=total)
-        for repeat in range(-1, repeats):  # -1 warms up: first calls allocate and compile
-            for number, case in enumerate(rng.sample(cases, len(cases))):
-                seed = rng.random()  # the same work for each condition
-                order = [c for c in conditions if c.group == case.group]
-                for condition in rng.sample(order, len(order)):
-                    server = servers[condition.name]
-                    server.check()
-                    measured = case.run(server.url, random.Random(seed))
-                    progress.advance(bar)
-                    if repeat >= 0:
-                        rows.append(
-                            {
-                                "workload": case.workload,
-                                "condition": condition.name,
-                                "repeat": repeat,
-                                "position": number,
-                                **measured,
-                            }
-                        )
     return report(
         {
             "benchmark": module,
@@ -209,6 +184,43 @@ def run(
         },
         args.json,
     )
+
+
+def _measure(
+    conditions: Sequence[Condition],
+    cases: Sequence[Case],
+    repeats: int,
+    rng: random.Random,
+    progress: Progress,
+) -> Iterator[Row]:
+    """Rows of conditions whose servers are up at the same time."""
+    bar = progress.add_task("starting servers", total=None)
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {
+            c.name: stack.enter_context(ServerProcess(list(c.flags), log=logs / f"{c.name}.log"))
+            for c in conditions
+        }
+        for server in servers.values():
+            server.wait_ready()
+        total = (repeats + 1) * len(cases) * len(conditions)
+        progress.update(bar, description="measuring", total=total)
+        for repeat in range(-1, repeats):  # -1 warms up: first calls allocate and compile
+            for number, case in enumerate(rng.sample(cases, len(cases))):
+                seed = rng.random()  # the same work for each condition
+                for condition in rng.sample(conditions, len(conditions)):
+                    server = servers[condition.name]
+                    server.check()
+                    measured = case.run(server.url, random.Random(seed))
+                    progress.advance(bar)
+                    if repeat >= 0:
+                        yield {
+                            "workload": case.workload,
+                            "condition": condition.name,
+                            "repeat": repeat,
+                            "position": number,
+                            **measured,
+                        }
 
 
 def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:

@@ -70,13 +70,18 @@ def test_overhead_is_summarised_from_its_rows():
         for name, throughput, work in (
             ("stock", 100.0, {}),
             ("exact", 99.0, {"match": 40, "insert": 80, "evict": 0}),
+            ("balanced", 50.0, {"match": 400, "insert": 800, "evict": 4}),
         )
         for repeat in range(3)
     ]
+    rows[0]["throughput"] = 1.0  # an outlier is no median
     summary = overhead.summarise(rows)
     assert summary["throughput_ratio"]["ratio"] == pytest.approx(0.99)
     assert summary["ttft_ratio"]["ratio"] == 1
     assert summary["microseconds_per_request"] == {"match": 10, "insert": 20, "evict": 0}
+    assert summary["throughput_ratios"]["tiny/one_long"] == pytest.approx(0.99)
+    assert summary["balanced"]["worst_throughput_ratio"] == pytest.approx(0.5)
+    assert summary["balanced"]["microseconds_per_request"]["evict"] == 1
 
 
 def test_a_stored_result_is_summarised_again(tmp_path, capsys):
@@ -90,6 +95,77 @@ def test_a_stored_result_is_summarised_again(tmp_path, capsys):
     stored = json.loads(path.read_text())
     assert stored["summary"]["worst_speedup"] == 1
     assert "worst_speedup" in capsys.readouterr().out
+
+
+class FakeServer:
+    """Stands for a server process; ``up`` has those that run."""
+
+    up: list[str] = []
+
+    def __init__(self, flags, log):
+        self.url = flags[0]
+
+    def __enter__(self):
+        self.up.append(self.url)
+        return self
+
+    def __exit__(self, *exc):
+        self.up.remove(self.url)
+
+    def wait_ready(self):
+        pass
+
+    def check(self):
+        pass
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Rows of two groups, and what each call of a case saw."""
+    monkeypatch.setattr(harness, "ServerProcess", FakeServer)
+    monkeypatch.setattr(harness, "report", lambda result, path: result)
+    calls = []
+
+    def case(url, rng):
+        calls.append((url, sorted(FakeServer.up)))
+        return {"seconds": rng.random()}
+
+    conditions = [harness.Condition(name, [name], name[0]) for name in ("a1", "a2", "b1", "b2")]
+    cases = [harness.Case(f"{group}/{i}", case, group) for group in "ab" for i in range(3)]
+    args = harness.parser("").parse_args(["--seed", "5"])
+    return harness.run("benchmarks.none", args, conditions, cases, 2)["rows"], calls
+
+
+def test_each_case_runs_under_every_condition_of_its_group_and_no_other(measured):
+    rows, calls = measured
+    assert len(rows) == 2 * 2 * 3 * 2
+    assert {(r["workload"][0], r["condition"][0]) for r in rows} == {("a", "a"), ("b", "b")}
+    assert {tuple(up) for _, up in calls} == {("a1", "a2"), ("b1", "b2")}
+    assert FakeServer.up == []
+
+
+def test_pairs_are_the_same_work(measured):
+    rows, calls = measured
+    for workload in ("a/0", "b/2"):
+        ours, stock = harness.pairs(rows, workload, "seconds", f"{workload[0]}1", f"{workload[0]}2")
+        assert ours == stock
+        assert len(set(ours)) == 2
+    assert [url for url, _ in calls[:12:2]] != ["a1"] * 6  # the order of conditions varies
+
+
+def test_a_failed_condition_reports_nothing(monkeypatch):
+    monkeypatch.setattr(harness, "ServerProcess", FakeServer)
+    monkeypatch.setattr(harness, "report", lambda *_: pytest.fail("reported"))
+
+    def case(url, rng):
+        raise harness.BenchmarkError("no answer")
+
+    conditions = [harness.Condition("a", ["a"])]
+    with pytest.raises(harness.BenchmarkError, match="no answer"):
+        harness.run(
+            "x", harness.parser("").parse_args([]), conditions, [harness.Case("w", case)], 1
+        )
+    assert FakeServer.up == []
 
 
 def test_passages_are_real_text_and_never_repeat():
