@@ -126,6 +126,38 @@ def test_nothing_spliced_reaches_an_exact_request(splicing, server):
         assert a[0] == pytest.approx(b[0], abs=1e-4)
 
 
+def test_exact_requests_in_the_same_batches_are_exact(splicing, server):
+    ask(splicing, prompt(0), "similar", "mixed")
+    options = {"return_logprob": True, "top_logprobs_num": 2}
+    questions = [f"What happened in {year}?" for year in (1874, 1900, 1905)]
+    work = [("exact", 1, q) for q in questions] + [("similar", n, questions[0]) for n in (2, 3)]
+    answers = [None] * len(work)
+
+    def send(i):
+        share, number, question = work[i]
+        text = prompt(number, question=question)
+        answers[i] = ask(splicing, text, share, "mixed", **options)
+
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(info(a)["share"] == "similar" for a in answers)
+    for (share, number, question), ours in zip(work, answers):
+        if share == "similar":
+            continue
+        assert info(ours)["share"] == "exact"
+        exact = ask(server, prompt(number, question=question), "exact", "mixed", **options)
+        for step, (a, b) in enumerate(zip(ours["output_ids"], exact["output_ids"])):
+            if a != b:
+                top = exact["meta_info"]["output_top_logprobs"][step]
+                assert abs(top[0][0] - top[1][0]) < 1e-4
+                break
+            values = (x["meta_info"]["output_token_logprobs"][step][0] for x in (ours, exact))
+            assert next(values) == pytest.approx(next(values), abs=1e-4)
+
+
 def test_tenants_are_apart(splicing):
     ask(splicing, prompt(0), "similar", "tenant 1")
     assert info(ask(splicing, prompt(1), "similar", "tenant 2"))["share"] == "exact"
@@ -259,13 +291,14 @@ def test_a_corrupted_splice_is_noticed_and_ended(tiny_model, logs):
     with ServerProcess(flags, log=logs / "corrupted.log", module=module) as server:
         server.wait_ready()
         deadline = time.monotonic() + 120
-        spliced = 0
+        spliced = rounds = 0
         while time.monotonic() < deadline and not rank(server.url)["counters"]["guard_trips"]:
             # One tenant; each time another text, so that there is something to splice.
-            text = DOCUMENT.replace("1874", str(1000 + spliced))
+            text = f"{DOCUMENT}\n\n{DOCUMENT}".replace("1874", str(1000 + rounds))
             ask(server.url, prompt(0, text), "similar", "harmed")
             answer = ask(server.url, prompt(1, text), "similar", "harmed")
             spliced += info(answer)["share"] == "similar"
+            rounds += 1
             time.sleep(1.2)
         assert spliced
         state = rank(server.url)
