@@ -1,4 +1,4 @@
-"""Models that the tests share."""
+"""Models that the tests share, and the option ``--long``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import pytest
 
 # OpenMP threads that spin while they wait bring two servers on two cores to a standstill.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="the exactness tests in full: more prompts, page sizes"
+    )
 
 
 @pytest.fixture(scope="session")

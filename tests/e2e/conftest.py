@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from rksc_sglang.server_process import ServerProcess
+
+REPORT = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Takes lines for the end of pytest's output."""
+    return pytestconfig.stash.setdefault(REPORT, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    for line in config.stash.get(REPORT, []):
+        terminalreporter.write_line(line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "tiny_servers" in metafunc.fixturenames:
+        sizes = [1, 16] if metafunc.config.getoption("--long") else [1]
+        metafunc.parametrize(
+            "tiny_servers", sizes, indirect=True, scope="session", ids="page{}".format
+        )
 
 
 @contextlib.contextmanager
@@ -32,16 +53,19 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(smollm2: Path, logs: Path) -> Iterator[str]:
     """URL of an rksc server in mode exact that serves SmolLM2."""
-    flags = ["--enable-metrics", "--chunked-prefill-size", "256"]
+    flags = ["--enable-metrics", "--chunked-prefill-size", "256", "--dtype", "float32"]
     with serving(logs, smollm2=flags) as urls:
         yield urls["smollm2"]
 
 
 @pytest.fixture(scope="session")
-def tiny_servers(tiny_model: Path, logs: Path) -> Iterator[dict[str, str]]:
+def tiny_servers(
+    request: pytest.FixtureRequest, tiny_model: Path, logs: Path
+) -> Iterator[dict[str, str]]:
     # A pool that a dozen requests outgrow, so that they evict, wait and retract.
     flags = ["--model-path", str(tiny_model), "--max-total-tokens", "1600"]
     flags += ["--chunked-prefill-size", "256", "--max-running-requests", "8"]
+    flags += ["--page-size", str(request.param), "--dtype", "float32"]
     with serving(logs, rksc=flags, stock=["--rksc-mode", "off", *flags]) as urls:
         yield urls
 
