@@ -163,7 +163,7 @@ def main() -> None:
     conditions = [
         Condition(backend, [*flags, "--attention-backend", backend]) for backend in BACKENDS
     ]
-    repeats = 2 if args.quick else 9
+    repeats = 2 if args.quick else 6
     harness.run("benchmarks.cpu_attention", args, conditions, make_cases(texts), repeats)
 
 

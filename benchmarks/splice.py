@@ -27,23 +27,17 @@ import numpy as np
 import requests
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks import harness, splice_cases
 from benchmarks.harness import BenchmarkError, Row, together
 from benchmarks.splice_cases import (
-    ADVERSARIAL,
-    HINT,
-    LENGTH,
-    ORDER,
-    PERSONA,
     PERSONAS,
-    VERIFIER,
     Shelf,
     SpliceCase,
     chat,
 )
-from benchmarks.statistics import RESAMPLES, paired_ratio
+from benchmarks.splice_summary import common_length, plot, print_families
+from benchmarks.splice_summary import summarise as summarise  # where benchmarks.summarise looks
 from benchmarks.text import machine_texts
 from rksc_sglang.models.smollm2 import ensure_smollm2
 from rksc_sglang.server_process import ServerProcess
@@ -56,8 +50,6 @@ ANSWER_TOKENS = 4
 SHORTEST_RUN = 16
 RUN_TOKENS = 1000
 LABELS = ("Yes", "No")
-FAMILIES = (PERSONA, VERIFIER, HINT, ORDER, ADVERSARIAL)
-TIMINGS = ("ttft_1k", "ttft_1k_new_context", "fanout8", "fanout8_cold")
 
 
 @dataclass(frozen=True)
@@ -186,23 +178,15 @@ def repeated_runs(
         for i in range(len(donor) - shortest + 1):
             places.setdefault(tuple(donor[i : i + shortest]), []).append((donor, i))
     end = len(tokens) - 1
-    at = max((_common(tokens, 0, donor, 0) for donor in donors), default=0)
+    at = max((common_length(tokens, 0, donor, 0) for donor in donors), default=0)
     runs = []
     while at + shortest <= end:
         found = places.get(tuple(tokens[at : at + shortest]), ())
-        longest = max((_common(tokens, at, donor, i) for donor, i in found), default=0)
+        longest = max((common_length(tokens, at, donor, i) for donor, i in found), default=0)
         if longest:
             runs.append((at, min(longest, end - at)))
         at += longest or 1
     return runs
-
-
-def _common(a: Sequence[int], i: int, b: Sequence[int], j: int) -> int:
-    """How many tokens of ``a`` from ``i`` on equal those of ``b`` from ``j`` on."""
-    length = 0
-    while i + length < len(a) and j + length < len(b) and a[i + length] == b[j + length]:
-        length += 1
-    return length
 
 
 def kl_divergence(exact: np.ndarray, other: np.ndarray) -> float:
@@ -308,7 +292,7 @@ class Quality:
             "setting": self.setting,
             **case.facts,
             "prompt_tokens": len(tokens),
-            "prefix_tokens": max(_common(tokens, 0, donor, 0) for donor in donors),
+            "prefix_tokens": max(common_length(tokens, 0, donor, 0) for donor in donors),
             "repeatable_tokens": sum(length for _, length in runs),
             "runs": runs,
         }
@@ -431,7 +415,7 @@ def measure(args: Any, sizes: Sizes, progress: Progress) -> tuple[list[Row], dic
     problems = splice_cases.word_problems(args.questions) if args.questions else []
     texts = machine_texts()
     seeds = random.Random(args.seed)
-    flags = ["--model-path", model, "--max-total-tokens", "32768"]
+    flags = ["--model-path", model, "--max-total-tokens", "32768", "--dtype", "float32"]
 
     def shelf() -> Shelf:
         return Shelf(texts, problems, seeds.getrandbits(32))
@@ -494,324 +478,6 @@ def _some(cases: Sequence[SpliceCase], each: int) -> list[tuple[int, SpliceCase]
     for family in dict.fromkeys(case.family for case in cases):
         chosen += [(n, case) for n, case in enumerate(cases) if case.family == family][:each]
     return chosen
-
-
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """All figures, of the shipped setting but for the curves.
-
-    Raises:
-        BenchmarkError: nothing was spliced where a figure needs it.
-    """
-    shipped = [row for row in rows if row["condition"] == "rksc"]
-    measured = [row for row in shipped if row["workload"] in FAMILIES and "kl" in row]
-    spliced = [row for row in measured if row["kl_info"]["spliced_tokens"]]
-    adversarial = [row for row in spliced if row["workload"] == ADVERSARIAL]
-    for row in shipped:
-        for info in row.get("infos", ()):
-            if not info["spliced_tokens"]:
-                raise BenchmarkError(
-                    f"nothing was spliced in {row['workload']}: {info['fallback']}"
-                )
-    if not spliced or not adversarial:
-        reasons = {str(row["kl_info"]["fallback"]) for row in measured}
-        raise BenchmarkError(f"nothing was spliced: {', '.join(sorted(reasons))}")
-    repeatable = [row for row in measured if row["workload"] in (PERSONA, VERIFIER, HINT)]
-    judge = judge_consistency(spliced)
-    gate = gate_aucs([_without_gate(row) for row in measured])
-    speed = {
-        workload: paired_ratio(*harness.pairs(rows, workload, "seconds", "stock", "rksc"))
-        for workload in TIMINGS
-    }
-    overhead = paired_ratio(*harness.pairs(rows, "f_nothing", "throughput", "rksc", "stock"))
-    status = next((row for row in shipped if row["workload"] == "status"), {})
-    return {
-        "ttft_speedup_1k": speed["ttft_1k"]["ratio"],
-        "ttft_speedup_1k_new_context": speed["ttft_1k_new_context"]["ratio"],
-        "fanout8_speedup": speed["fanout8"]["ratio"],
-        "fanout8_cold_speedup": speed["fanout8_cold"]["ratio"],
-        "coverage": float(np.mean([_covered(row) for row in repeatable])),
-        "top1_agreement": float(np.mean([row["top1"] for row in spliced])),
-        "kl_mean": float(np.mean([row["kl"] for row in spliced])),
-        "kl_p99": float(np.quantile([row["kl"] for row in spliced], 0.99)),
-        "greedy16_agreement": float(np.mean([_greedy(row) for row in spliced])),
-        "adversarial_agreement": float(np.mean([_answer_kept(row) for row in adversarial])),
-        "judge_consistency": judge["consistent"],
-        "overhead_f": overhead["ratio"],
-        "index_us_per_token": (status.get("splice") or {}).get("index_microseconds_per_token"),
-        "gate_auc": gate["similarity"],
-        "cases": len(measured),
-        "spliced_cases": len(spliced),
-        "intervals": {**speed, "overhead_f": overhead},
-        "adversarial": {
-            "tried": sum(row["workload"] == ADVERSARIAL for row in shipped),
-            "spliced_and_different": len(adversarial),
-            # The harm that matters: the donor's answer given for the edited prompt.
-            "donor_answers": sum(_is_donor_answer(row) for row in adversarial),
-            "agreement": wilson([_answer_kept(row) for row in adversarial]),
-        },
-        "judge": judge,
-        "gate": gate,
-        "families": {
-            family: family_summary([row for row in measured if row["workload"] == family])
-            for family in FAMILIES
-        },
-        "curves": {
-            "tau": tau_curve([_without_gate(row) for row in measured]),
-            "head": head_curve(rows),
-            "run_length": length_curve([row for row in rows if row["workload"] == LENGTH]),
-        },
-    }
-
-
-def _covered(row: Row) -> bool:
-    return row["info"]["spliced_tokens"] >= 0.8 * row["repeatable_tokens"]
-
-
-def _greedy(row: Row) -> float:
-    """Share of the greedy tokens before the first that differs."""
-    return _common(row["output"], 0, row["exact_output"], 0) / len(row["exact_output"])
-
-
-def _answer_kept(row: Row) -> bool:
-    steps = row["answer_tokens"]
-    return row["output"][:steps] == row["exact_output"][:steps]
-
-
-def _is_donor_answer(row: Row) -> bool:
-    return row["output"][: row["answer_tokens"]] == row["donor_output"]
-
-
-def _without_gate(row: Row) -> Row:
-    """The row as it would be with tau 0."""
-    return {**row, **(row["ungated"] or {})}
-
-
-def wilson(outcomes: Sequence[bool]) -> dict[str, float]:
-    """A share and its 95 % Wilson interval: all or none of a few is no certainty."""
-    n, z = len(outcomes), 1.96
-    share = sum(outcomes) / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return {"share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
-
-
-def mean_interval(values: Sequence[float]) -> dict[str, float]:
-    """A mean and its 95 % bootstrap interval."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(0, array.size, size=(RESAMPLES, array.size))
-    means = array[picks].mean(axis=1)
-    return {
-        "mean": float(array.mean()),
-        "low": float(np.quantile(means, 0.025)),
-        "high": float(np.quantile(means, 0.975)),
-    }
-
-
-def family_summary(measured: Sequence[Row]) -> dict[str, Any]:
-    spliced = [row for row in measured if row["kl_info"]["spliced_tokens"]]
-    if not spliced:
-        return {"cases": len(measured), "spliced": 0}
-    return {
-        "cases": len(measured),
-        "spliced": len(spliced),
-        "spliced_share_of_prompt": float(
-            np.mean([row["info"]["spliced_tokens"] / row["prompt_tokens"] for row in spliced])
-        ),
-        "ttft_speedup": paired_ratio(
-            [row["exact_ttft"] for row in spliced], [row["ttft"] for row in spliced]
-        ),
-        "top1_agreement": wilson([row["top1"] for row in spliced]),
-        "kl": mean_interval([row["kl"] for row in spliced]),
-        "kl_max": max(row["kl"] for row in spliced),
-        "greedy16_agreement": mean_interval([_greedy(row) for row in spliced]),
-    }
-
-
-def judge_consistency(spliced: Sequence[Row]) -> dict[str, Any]:
-    """Groups whose spliced candidates have the same winner and verdicts as with full recompute.
-
-    A candidate's score is the margin of Yes over No, its verdict the sign of that.
-    """
-    groups: dict[int, list[Row]] = {}
-    for row in spliced:
-        if row["workload"] == VERIFIER:
-            groups.setdefault(row["group"], []).append(row)
-    outcomes = []
-    for group in groups.values():
-        if len(group) > 1:
-            exact, ours = (
-                np.subtract(*np.transpose([row[name] for row in group]))
-                for name in ("exact_labels", "labels")
-            )
-            same_winner = bool(exact.argmax() == ours.argmax())
-            outcomes.append((same_winner, bool(((exact > 0) == (ours > 0)).all())))
-    if not outcomes:
-        raise BenchmarkError(f"nothing was spliced in {VERIFIER}")
-    winners, verdicts = zip(*outcomes)
-    both = wilson([winner and verdict for winner, verdict in outcomes])
-    return {
-        "groups": len(outcomes),
-        "consistent": both["share"],
-        "interval": both,
-        "same_winner": float(np.mean(winners)),
-        "same_verdicts": float(np.mean(verdicts)),
-    }
-
-
-#: What could tell a harmful splice from a harmless one; more of it should mean less harm.
-PREDICTORS: dict[str, Callable[[Row], float]] = {
-    "similarity": lambda row: row["kl_info"]["similarity"],
-    "run_tokens": lambda row: row["kl_info"]["spliced_tokens"],
-    "recomputed_share": lambda row: row["kl_info"]["recomputed_tokens"] / row["prompt_tokens"],
-    "tokens_behind_last_change": lambda row: row["prompt_tokens"] - row["runs"][-1][0],
-    "few_changed_tokens": lambda row: (
-        row["prefix_tokens"] + row["repeatable_tokens"] - row["prompt_tokens"]
-    ),
-    "short_context": lambda row: -row["runs"][0][0],
-}
-
-
-def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
-    """Chance that a positive scores higher than a negative; ties count half."""
-    mask = np.asarray(positive)
-    high, low = np.asarray(scores)[mask], np.asarray(scores)[~mask]
-    if not high.size or not low.size:
-        return None
-    differences = np.sign(high[:, None] - low[None, :])
-    return float((differences.mean() + 1) / 2)
-
-
-def gate_aucs(measured: Sequence[Row]) -> dict[str, Any]:
-    """How well each predictor tells splices of KL up to the median from those above.
-
-    ``tail``: the worst tenth from the rest.
-    """
-    rows = [
-        row
-        for row in measured
-        if row["runs"]
-        and row["kl_info"]["spliced_tokens"]
-        and row["kl_info"]["similarity"] is not None
-    ]
-    if not rows:
-        return {"similarity": None}
-    kl = np.array([row["kl"] for row in rows])
-    median, tail = (float(np.quantile(kl, q)) for q in (0.5, 0.9))
-    scores = {name: [predict(row) for row in rows] for name, predict in PREDICTORS.items()}
-    return {
-        **{name: auc(values, list(kl <= median)) for name, values in scores.items()},
-        "median_kl": median,
-        "tail": {name: auc(values, list(kl <= tail)) for name, values in scores.items()},
-        "tail_kl": tail,
-    }
-
-
-def _point(rows: Sequence[Row]) -> dict[str, Any]:
-    kl = [row["kl"] for row in rows]
-    return {
-        "cases": len(rows),
-        "kl_mean": float(np.mean(kl)),
-        "kl_max": max(kl),
-        "top1_agreement": float(np.mean([row["top1"] for row in rows])),
-    }
-
-
-def tau_curve(measured: Sequence[Row]) -> list[dict[str, Any]]:
-    """What is spliced, and what that does, at every tau, from cases taken without the gate."""
-    rows = [row for row in measured if row["kl_info"]["similarity"] is not None]
-    points = []
-    for tau in sorted({0.0, *(round(row["kl_info"]["similarity"], 2) for row in rows)}):
-        passed = [row for row in rows if row["kl_info"]["similarity"] >= tau]
-        if passed:
-            share = len(passed) / len(rows)
-            points.append({"tau": tau, "spliced_share": share, **_point(passed)})
-    return points
-
-
-def head_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """By r, over the cases that were measured and spliced with each."""
-    taken: dict[int, dict[tuple[str, int], Row]] = {}
-    for row in rows:
-        of_curve = row["condition"] == "rksc" or row["condition"].startswith("head=")
-        if of_curve and "kl" in row and row["kl_info"]["spliced_tokens"]:
-            key = (row["workload"], row["position"])
-            taken.setdefault(row["setting"]["head"], {})[key] = row
-    common = set.intersection(*map(set, taken.values())) if len(taken) > 1 else set()
-    return [
-        {
-            "head": head,
-            **_point([taken[head][key] for key in common]),
-            "greedy16_agreement": float(np.mean([_greedy(taken[head][key]) for key in common])),
-            "ttft_speedup": float(
-                np.median([taken[head][k]["exact_ttft"] / taken[head][k]["ttft"] for k in common])
-            ),
-        }
-        for head in sorted(taken)
-        if common
-    ]
-
-
-def length_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """By length of the run, in steps of a factor of two."""
-    bins: dict[int, list[Row]] = {}
-    for row in rows:
-        if row["kl_info"]["spliced_tokens"]:
-            bins.setdefault(int(np.log2(row["kl_info"]["spliced_tokens"])), []).append(row)
-    return [
-        {
-            "run_tokens": float(np.mean([r["kl_info"]["spliced_tokens"] for r in bins[power]])),
-            **_point(bins[power]),
-            "ttft_speedup": float(np.median([r["exact_ttft"] / r["ttft"] for r in bins[power]])),
-        }
-        for power in sorted(bins)
-    ]
-
-
-def plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """A picture of the curves, where matplotlib is installed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print('no picture of the curves: install the extra "bench" for matplotlib')
-        return
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    panels = (
-        ("tau", "tau", "spliced_share", "share spliced"),
-        ("head", "head", "ttft_speedup", "TTFT speed-up"),
-        ("run_length", "run_tokens", "ttft_speedup", "TTFT speed-up"),
-    )
-    labels = ("tau", "r, tokens recomputed at the head", "length of the run, tokens")
-    for axis, label, (curve, x, benefit, name) in zip(axes, labels, panels):
-        xs = [point[x] for point in curves[curve]]
-        axis.plot(xs, [point["kl_mean"] for point in curves[curve]], "o-", color="tab:red")
-        axis.set(xlabel=label, ylabel="mean KL, nats", ylim=(0, None))
-        other = axis.twinx()
-        other.plot(xs, [point[benefit] for point in curves[curve]], "s--", color="tab:blue")
-        other.set(ylabel=name, ylim=(0, None))
-        if x != "tau":
-            axis.set_xscale("symlog", base=2)
-    figure.savefig(path, dpi=120)
-    print(f"curves: {path}")
-
-
-def print_families(families: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table("family", "spliced", "reused", "TTFT x", "top 1", "mean KL", "16 greedy tokens")
-
-    def cell(value: Mapping[str, float], name: str) -> str:
-        return f"{value[name]:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
-
-    for family, result in families.items():
-        cells = [family, f"{result['spliced']} of {result['cases']}"]
-        if result["spliced"]:
-            cells += [
-                f"{result['spliced_share_of_prompt']:.0%}",
-                cell(result["ttft_speedup"], "ratio"),
-                cell(result["top1_agreement"], "share"),
-                cell(result["kl"], "mean"),
-                cell(result["greedy16_agreement"], "mean"),
-            ]
-        table.add_row(*cells)
-    Console().print(table)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ CPU_FLAGS = {
     "--device": "cpu",
     "--attention-backend": "rksc_cpu",
     "--sampling-backend": "pytorch",
-    "--dtype": "float32",
     # Without it an idle scheduler burns a whole core.
     "--sleep-on-idle": None,
 }
@@ -153,14 +152,14 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     from sglang.srt.plugins import load_plugins
 
     from rksc_sglang import compat
-    from rksc_sglang.platform import has_accelerator
+    from rksc_sglang.platform import default_dtype, has_accelerator
 
     compat.check_version()
     load_plugins()
     if config.enabled:
         compat.check_registrations()
     if not has_accelerator():
-        rest = with_defaults(rest, CPU_FLAGS)
+        rest = with_defaults(rest, {**CPU_FLAGS, "--dtype": default_dtype()})
     if not any(arg.split("=")[0] in ("--model-path", "--model", "--config") for arg in rest):
         from rksc_sglang.models.smollm2 import ensure_smollm2
 

@@ -76,7 +76,7 @@ def splicing(smollm2, logs):
     """A server in mode balanced; SGLang stops it when a slot leaks."""
     flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
     flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
-    flags += ["--enable-metrics"]
+    flags += ["--enable-metrics", "--dtype", "float32"]
     with ServerProcess(flags, log=logs / "splicing.log") as server:
         server.wait_ready()
         yield server.url

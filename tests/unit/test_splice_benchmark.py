@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import splice, splice_cases
+from benchmarks import splice, splice_cases, splice_summary
 from benchmarks.harness import BenchmarkError
 from benchmarks.splice_cases import (
     ADVERSARIAL,
@@ -266,13 +266,13 @@ def test_kl_divergence_in_nats():
 
 
 def test_auc_counts_ties_half():
-    assert splice.auc([3, 2, 1, 0], [True, True, False, False]) == 1
-    assert splice.auc([1, 1], [True, False]) == 0.5
-    assert splice.auc([1, 2], [True, True]) is None
+    assert splice_summary.auc([3, 2, 1, 0], [True, True, False, False]) == 1
+    assert splice_summary.auc([1, 1], [True, False]) == 0.5
+    assert splice_summary.auc([1, 2], [True, True]) is None
 
 
 def test_all_of_a_few_is_no_certainty():
-    interval = splice.wilson([True] * 10)
+    interval = splice_summary.wilson([True] * 10)
     assert interval["share"] == 1
     assert interval["low"] < 0.75
 
@@ -424,8 +424,8 @@ def test_curves_are_drawn_beside_the_json(tmp_path, capsys):
 
         matplotlib.use("Agg")
     except ImportError:
-        splice.plot(curves, tmp_path / "curves.png")
+        splice_summary.plot(curves, tmp_path / "curves.png")
         assert 'the extra "bench"' in capsys.readouterr().out
     else:
-        splice.plot(curves, tmp_path / "curves.png")
+        splice_summary.plot(curves, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").stat().st_size > 1000
