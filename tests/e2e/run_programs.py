@@ -1,7 +1,7 @@
 """Run SGLang's own test programs against a server: ``run_programs.py URL`` prints JSON.
 
-Each program's outcome is "passed", the name of the exception, or "hangs": stock SGLang's
-interpreter waits for ever in a program that appends to a state that has failed.
+Each program's outcome is "ran", the name of the exception, or "hangs": stock SGLang's interpreter
+waits for ever in a program that appends to a state that has failed.
 """
 
 import inspect
@@ -34,7 +34,9 @@ def main(url: str) -> None:
         options = inspect.signature(program).parameters.keys() & {"check_answer"}
         try:
             program(**dict.fromkeys(options, False))
-            outcomes[name] = "passed"
+            outcomes[name] = "ran"
+        except AssertionError:
+            outcomes[name] = "ran"  # What it checks is the answer, which chance decides here.
         except Exception as error:
             outcomes[name] = type(error).__name__
 

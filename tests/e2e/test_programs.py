@@ -16,4 +16,4 @@ def test_every_program_has_stocks_outcome(rksc_tiny, stock_tiny):
     ours, stock = (json.loads(process.communicate()[0].splitlines()[-1]) for process in running)
     assert ours == stock
     print(ours)
-    assert list(ours.values()).count("passed") >= 8, ours
+    assert list(ours.values()).count("ran") >= 8, ours
