@@ -10,7 +10,7 @@ from rksc_sglang.launch_server import main
     [
         (["--rksc-mode", "fast"], "--rksc-mode: expected one of off, exact, balanced, paper"),
         (["--rksc-root-first-min-tokens", "0"], "--rksc-root-first-min-tokens: must be at least 1"),
-        (["--rksc-tau", "0.5"], "--rksc-tau: no such flag"),
+        (["--rksc-nothing", "0.5"], "--rksc-nothing: no such flag"),
     ],
 )
 def test_a_wrong_flag_is_one_line_naming_it(capsys, argv, named):
