@@ -245,7 +245,7 @@ class Quality:
             "ungated": None,
         }
         if info["spliced_tokens"] < row["repeatable_tokens"] / 2:
-            # What the gate refused is needed to judge the gate.
+            # What the gate refused, or was doubted, is needed to judge gate and margin.
             salt = self._with_donors(case)
             row["ungated"] = self._distance(
                 exact, *self.client.first_token(case.prompt, SIMILAR, salt, tau=0)
@@ -301,6 +301,7 @@ class Quality:
     def _distance(exact: Recomputed, logprobs: np.ndarray, info: Mapping[str, Any]) -> Row:
         return {
             "kl": kl_divergence(exact.logprobs, logprobs),
+            "lead": float(np.diff(np.partition(logprobs, -2)[-2:])[0]),
             "top1": bool(exact.logprobs.argmax() == logprobs.argmax()),
             "kl_info": dict(info),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.splice_cases import ADVERSARIAL, HINT, LENGTH, ORDER, PERSONA, VERIFIER
 from benchmarks.statistics import RESAMPLES, paired_ratio
+from rksc_sglang.contract import DOUBTED
 
 FAMILIES = (PERSONA, VERIFIER, HINT, ORDER, ADVERSARIAL)
+MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 TIMINGS = ("ttft_1k", "ttft_1k_new_context", "fanout8", "fanout8_cold")
 
 
@@ -37,13 +40,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     measured = [row for row in shipped if row["workload"] in FAMILIES and "kl" in row]
     spliced = [row for row in measured if row["kl_info"]["spliced_tokens"]]
     adversarial = [row for row in spliced if row["workload"] == ADVERSARIAL]
-    for row in shipped:
-        plain = [info for info in row.get("infos", ()) if not info["spliced_tokens"]]
-        # Without a donor, the first of the eight becomes it.
-        if len(plain) > (row["workload"] == "fanout8_cold"):
-            raise BenchmarkError(
-                f"nothing was spliced in {row['workload']}: {plain[0]['fallback']}"
-            )
+    timed = {workload: _timed_splices(shipped, workload) for workload in TIMINGS}
     if not spliced or not adversarial:
         reasons = {str(row["kl_info"]["fallback"]) for row in measured}
         raise BenchmarkError(f"nothing was spliced: {', '.join(sorted(reasons))}")
@@ -56,6 +53,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
     overhead = paired_ratio(*harness.pairs(rows, "f_nothing", "throughput", "rksc", "stock"))
     status = next((row for row in shipped if row["workload"] == "status"), {})
+    tau = (status.get("splice") or {}).get("tau", 0.0)
+    doubted = [row for row in measured if _is_doubted(row["info"])]
     return {
         "ttft_speedup_1k": speed["ttft_1k"]["ratio"],
         "ttft_speedup_1k_new_context": speed["ttft_1k_new_context"]["ratio"],
@@ -73,7 +72,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "gate_auc": gate["similarity"],
         "cases": len(measured),
         "spliced_cases": len(spliced),
+        "doubted_cases": len(doubted),
+        "coverage_with_doubted": float(
+            np.mean([_covered(row) or _covered_but_doubted(row, tau) for row in repeatable])
+        ),
         "intervals": {**speed, "overhead_f": overhead},
+        "timed_requests": timed,
         "adversarial": {
             "tried": sum(row["workload"] == ADVERSARIAL for row in shipped),
             "spliced_and_different": len(adversarial),
@@ -89,14 +93,39 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         },
         "curves": {
             "tau": tau_curve([_without_gate(row) for row in measured]),
+            "margin": margin_curve([_without_gate(row) for row in measured], tau),
             "head": head_curve(rows),
             "run_length": length_curve([row for row in rows if row["workload"] == LENGTH]),
         },
     }
 
 
+def _timed_splices(shipped: Sequence[Row], workload: str) -> dict[str, Any]:
+    """How many of the timed requests were spliced, and why the others were not.
+
+    Raises:
+        BenchmarkError: none was.
+    """
+    infos = [i for row in shipped if row["workload"] == workload for i in row["infos"]]
+    others = [str(info["fallback"]) for info in infos if not info["spliced_tokens"]]
+    if len(others) == len(infos):
+        raise BenchmarkError(f"nothing was spliced in {workload}: {others[:1]}")
+    return {"requests": len(infos), "not_spliced": dict(Counter(others))}
+
+
 def _covered(row: Row) -> bool:
     return row["info"]["spliced_tokens"] >= 0.8 * row["repeatable_tokens"]
+
+
+def _is_doubted(info: Mapping[str, Any]) -> bool:
+    return info["fallback"] == DOUBTED
+
+
+def _covered_but_doubted(row: Row, tau: float) -> bool:
+    """Spliced as far as it takes, and then computed again for a near tie."""
+    info = (row["ungated"] or row)["kl_info"]
+    enough = info["spliced_tokens"] >= 0.8 * row["repeatable_tokens"]
+    return _is_doubted(row["info"]) and enough and (info["similarity"] or 0.0) >= tau
 
 
 def _greedy(row: Row) -> float:
@@ -260,6 +289,17 @@ def tau_curve(measured: Sequence[Row]) -> list[dict[str, Any]]:
     return points
 
 
+def margin_curve(measured: Sequence[Row], tau: float) -> list[dict[str, Any]]:
+    """What is answered, and how often as with full recompute, at every margin, behind the gate."""
+    rows = [row for row in measured if (row["kl_info"]["similarity"] or 0.0) >= max(tau, 1e-9)]
+    points = []
+    for margin in MARGINS:
+        kept = [row for row in rows if row["lead"] >= margin]
+        if kept:
+            points.append({"margin": margin, "share": len(kept) / len(rows), **_point(kept)})
+    return points
+
+
 def head_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """By r, over the cases that were measured and spliced with each."""
     taken: dict[int, dict[tuple[str, int], Row]] = {}
@@ -306,21 +346,32 @@ def plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     except ImportError:
         print('no picture of the curves: install the extra "bench" for matplotlib')
         return
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     panels = (
+        ("margin", "margin", "share", "share answered spliced"),
         ("tau", "tau", "spliced_share", "share spliced"),
         ("head", "head", "ttft_speedup", "TTFT speed-up"),
         ("run_length", "run_tokens", "ttft_speedup", "TTFT speed-up"),
     )
-    labels = ("tau", "r, tokens recomputed at the head", "length of the run, tokens")
+    labels = (
+        "margin of the first token, nats",
+        "tau",
+        "r, tokens recomputed at the head",
+        "length of the run, tokens",
+    )
     for axis, label, (curve, x, benefit, name) in zip(axes, labels, panels):
         xs = [point[x] for point in curves[curve]]
-        axis.plot(xs, [point["kl_mean"] for point in curves[curve]], "o-", color="tab:red")
-        axis.set(xlabel=label, ylabel="mean KL, nats", ylim=(0, None))
+        if curve == "margin":
+            changed = [1 - point["top1_agreement"] for point in curves[curve]]
+            axis.plot(xs, changed, "o-", color="tab:red")
+            axis.set(xlabel=label, ylabel="first tokens changed", ylim=(0, None))
+        else:
+            axis.plot(xs, [point["kl_mean"] for point in curves[curve]], "o-", color="tab:red")
+            axis.set(xlabel=label, ylabel="mean KL, nats", ylim=(0, None))
         other = axis.twinx()
         other.plot(xs, [point[benefit] for point in curves[curve]], "s--", color="tab:blue")
         other.set(ylabel=name, ylim=(0, None))
-        if x != "tau":
+        if x not in ("tau", "margin"):
             axis.set_xscale("symlog", base=2)
     figure.savefig(path, dpi=120)
     print(f"curves: {path}")

@@ -40,6 +40,8 @@ SEAMS = (
     Seam(_SCHEDULER, "get_init_info", ()),
     Seam(_SCHEDULER, "get_internal_state", ("recv_req",)),
     Seam(_SCHEDULER, "run_batch", ("batch", "pp_proxy_tensors")),
+    Seam(_SCHEDULER, "process_batch_result", ("batch", "result")),
+    Seam(_SCHEDULER, "handle_generate_request", ("recv_req", "mm_input_error")),
     Seam(_SCHEDULER, "on_idle", ()),
     Seam(_STREAMER, "stream_output", ("reqs", "return_logprob", "skip_req")),
     Seam(_STREAMER, "build_additional_customized_info", ("reqs",)),
@@ -125,11 +127,15 @@ def check_scheduler(scheduler: Any) -> None:
     Raises:
         CompatError: naming the part that SGLang built by other means.
     """
+    from rksc_sglang.serving.internal import InternalState, make_internal_req
     from rksc_sglang.serving.radix_cache import RkscRadixCache
     from rksc_sglang.serving.scheduler import RkscOutputStreamer
 
     if not isinstance(scheduler.output_streamer, RkscOutputStreamer):
         raise CompatError("SGLang did not use get_output_streamer_class of the scheduler")
+    probe = make_internal_req("probe", [0], InternalState("probe"), vocab_size=1)
+    if not hasattr(probe, "discard_output_reason"):
+        raise CompatError("SGLang moved Req.discard_output_reason: it is gone")
     wants_cache = scheduler.tree_cache.supports_prefix_sharing()
     if wants_cache and not isinstance(scheduler.tree_cache, RkscRadixCache):
         raise CompatError(

@@ -81,6 +81,14 @@ class RkscConfig:
         most=1,
         type_=float,
     )
+    margin: float | None = _setting(
+        None,
+        "nats by which the first token of a spliced greedy request must lead the next one; a "
+        "request whose token leads by less is computed again exactly; 0: none is; without "
+        "it the model's profile decides, and mode paper has none",
+        least=0,
+        type_=float,
+    )
     profile: str | None = _setting(
         None,
         "calibrated profile of the served model, written by python -m rksc_sglang.asks.calibrate",

@@ -12,6 +12,8 @@ from typing import Any
 KEY = "rksc"
 SHARES = ("exact", "similar")
 EXITS = ("off", "layer", "paper")
+#: ``fallback`` of a request whose spliced answer was discarded.
+DOUBTED = "the spliced first token was nearly tied with another: computed again exactly"
 
 
 class ContractError(ValueError):

@@ -129,10 +129,10 @@ def check_profile(config: RkscConfig, model_path: str) -> None:
     """
     from pathlib import Path
 
-    from rksc_sglang.asks.profile import ProfileError, threshold
+    from rksc_sglang.asks.profile import ProfileError, thresholds
 
     try:
-        threshold(config, Path(model_path))
+        thresholds(config, Path(model_path))
     except ProfileError as error:
         raise LaunchError(str(error)) from error
 

@@ -240,19 +240,6 @@ class ContentIndex:
             slot = int(self._previous[slot])
         return self._token[slots].astype(np.int64)
 
-    def shares_run(self, tokens: Tokens, others: Tokens, length: int) -> bool:
-        """Whether two prompts hold about ``length`` tokens in common, at any offsets.
-
-        Compares hashes of windows, as :meth:`find` does, without looking at the index: a guess, for
-        prompts that are not cached yet.
-        """
-        if min(len(tokens), len(others)) < max(length, self.window):
-            return False
-        view = np.lib.stride_tricks.sliding_window_view
-        mine = self._hash(view(np.asarray(tokens, np.int64), self.window), 0)[1]
-        theirs = self._hash(view(np.asarray(others, np.int64), self.window)[:: self.window], 0)[1]
-        return int(np.isin(theirs, mine).sum()) * self.window > length - self.window
-
     # Writing
 
     def _check(

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from rksc_sglang.asks.content_index import Run
 
+#: Longer heads that are tried where the gate refuses a run.
+RETRIES = 2
+
 
 class Compute(NamedTuple):
     """Prefill the prompt up to ``stop``; then a run of ``gain`` tokens can be taken over."""
@@ -76,6 +79,19 @@ class Planner(NamedTuple):
         # A donor that holds nearly as much may be closer to the new context.
         least = options[0][1] - self.min_tokens
         return Take([option for option in options if option[1] > least])
+
+    def again(self, step: Take, ready: int, refusals: int) -> int:
+        """Where the gate may look again at a step that it has refused ``refusals`` times.
+
+        The further a run goes on behind the new context, the less is left of the donor's: the head
+        is made four times as long each time. Past the end of the run after ``RETRIES``, or where
+        what is left is too short.
+        """
+        position = self._up(ready + 3 * self.head * 4 ** (refusals - 1))
+        longest = step.options[0][1]
+        if refusals > RETRIES or longest - position < self.min_tokens:
+            return longest
+        return position
 
     def _up(self, position: int) -> int:
         return -(-position // self.page_size) * self.page_size

@@ -18,6 +18,8 @@ from rksc_sglang.config import RkscConfig
 PAPER_TAU = 0.80
 #: Without a profile: where SmolLM2's splices begin to be good, and the paper's value is below.
 DEFAULT_TAU = 0.98
+#: Without a profile, nats: what 19 of 20 splices of SmolLM2 move a lead by, or less.
+DEFAULT_MARGIN = 0.2
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -33,6 +35,7 @@ class SpliceProfile:
     Attributes:
         model: :func:`fingerprint` of the model.
         tau: least similarity at which a splice is good enough.
+        margin: nats; splices seldom move the lead of a first token by more.
         limit_kl: nats that its first tokens' mean KL divergence was to stay below.
         settings: head, tail and min_tokens that were in use.
         evidence: counts, bound, and the measured pairs (similarity, KL, same first token).
@@ -40,6 +43,7 @@ class SpliceProfile:
 
     model: str
     tau: float
+    margin: float
     limit_kl: float
     settings: dict[str, int]
     evidence: dict[str, Any]
@@ -82,24 +86,48 @@ def shipped_profiles() -> list[SpliceProfile]:
     return [SpliceProfile.load(path) for path in sorted(folder.glob("*.json"))]
 
 
-def threshold(config: RkscConfig, model_path: Path) -> tuple[float, str]:
-    """Tau for requests that do not give their own, and where it is from.
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides about a splice where a request does not say.
+
+    Attributes:
+        tau: least similarity.
+        margin: nats by which a spliced greedy first token must lead.
+        tau_source, margin_source: where they are from.
+    """
+
+    tau: float
+    margin: float
+    tau_source: str
+    margin_source: str
+
+
+def thresholds(config: RkscConfig, model_path: Path) -> Thresholds:
+    """Those of the flags; else the paper's in its mode, the model's profile, or the defaults.
 
     Raises:
         ProfileError: ``config.profile`` is no profile, or that of another model.
     """
-    if config.tau is not None:
-        return config.tau, "--rksc-tau"
+    tau, margin, source = _calibrated(config, model_path)
+    by_flag = config.tau is not None, config.margin is not None
+    return Thresholds(
+        tau if config.tau is None else config.tau,
+        margin if config.margin is None else config.margin,
+        *(f"--rksc-{name}" if on else source for name, on in zip(("tau", "margin"), by_flag)),
+    )
+
+
+def _calibrated(config: RkscConfig, model_path: Path) -> tuple[float, float, str]:
     if config.mode == "paper":
-        return PAPER_TAU, "the paper"
+        return PAPER_TAU, 0.0, "the paper"
     if config.profile:
         profile = SpliceProfile.load(Path(config.profile))
         if profile.model != fingerprint(model_path):
             raise ProfileError(f"--rksc-profile {config.profile} was calibrated on another model")
-        return profile.tau, f"the profile {config.profile}"
+        return profile.tau, profile.margin, f"the profile {config.profile}"
     if (model_path / "config.json").exists():
         model = fingerprint(model_path)
         for profile in shipped_profiles():
             if profile.model == model:
-                return profile.tau, "the shipped profile of this model"
-    return DEFAULT_TAU, "not calibrated for this model"
+                return profile.tau, profile.margin, "the shipped profile of this model"
+    return DEFAULT_TAU, DEFAULT_MARGIN, "not calibrated for this model"

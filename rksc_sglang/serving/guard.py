@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rksc_sglang.asks.harm import HarmMonitor
+from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.internal import InternalState, make_internal_req
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Guard:
         limits: beyond which sharing ends.
         vocab_size: of the model.
         submit: puts a request of our own into the waiting queue.
+        doubt: discards the answers of some of them.
         count: called with a counter's name.
     """
 
@@ -97,15 +99,16 @@ class Guard:
         limits: Limits,
         vocab_size: int,
         submit: Callable[[Req], None],
+        doubt: Doubt,
         count: Callable[[str], None],
     ) -> None:
         self.share = share
         self.limits = limits
         self.vocab_size = vocab_size
         self.submit = submit
+        self.doubt = doubt
         self.count = count
         self.tenants: dict[Hashable, TenantMonitor] = {}
-        self.batch: ScheduleBatch | None = None  # in its forward pass
         self._waiting: deque[Req] = deque(maxlen=MAX_WAITING)
         self._random = random.Random(0)
         self._busy_at = 0.0
@@ -114,21 +117,12 @@ class Guard:
         tenant = self.tenants.get(namespace)
         return tenant is None or not tenant.tripped
 
-    def watch(self, model: torch.nn.Module) -> None:
-        """Read what the model's logits processor gives out, from now on."""
-        model.logits_processor.register_forward_hook(self._on_logits)
-
-    def _on_logits(self, module: Any, args: Any, output: Any) -> None:
-        batch, logits = self.batch, output.next_token_logits
-        if batch is None or not batch.forward_mode.is_extend() or logits is None:
-            return
-        for row, req in zip(logits, batch.reqs):
-            if req.output_ids or req.extend_end != len(req.full_untruncated_fill_ids):
-                continue  # decodes, or is a chunk that is not the last
-            if isinstance(req.rksc, Shadow):
-                self._compare(req.rksc, row.float().log_softmax(0).cpu())
-            elif self._shall_shadow(req):
-                self._waiting.append(self._shadow_of(req, row.float().log_softmax(0).cpu()))
+    def on_first_logits(self, req: Req, logits: torch.Tensor) -> None:
+        """A request's first token is about to be chosen."""
+        if isinstance(req.rksc, Shadow):
+            self._compare(req.rksc, logits.float().log_softmax(0).cpu())
+        elif self._shall_shadow(req):
+            self._waiting.append(self._shadow_of(req, logits.float().log_softmax(0).cpu()))
 
     def _shall_shadow(self, req: Req) -> bool:
         splice = getattr(req.rksc, "splice", None)
@@ -137,6 +131,7 @@ class Guard:
             and splice.spliced_tokens > 0
             and self.allows((req.extra_key, req.cache_salt))
             and self._random.random() < self.share
+            and not self.doubt.is_close(splice)  # what is not served does no harm
         )
 
     def _shadow_of(self, req: Req, served: torch.Tensor) -> Req:

@@ -14,6 +14,7 @@ SCHEDULER_COUNTERS = {
     "spliced_requests": "requests that took over KV computed behind another context",
     "stages": "prefills of our own that prepared a splice",
     "gate_refusals": "runs of cached text not spliced because their contexts were too different",
+    "doubts": "spliced requests computed again because their first token was nearly a tie",
     "shadows": "spliced requests that the guard computed again exactly",
     "guard_trips": "tenants for whom the guard ended splicing",
     "errors": "failures inside RKSC that were answered by exact serving",

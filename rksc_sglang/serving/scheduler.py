@@ -12,8 +12,10 @@ from rksc_sglang import compat
 from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
 from rksc_sglang.config import RkscConfig
-from rksc_sglang.contract import KEY, RequestContract, ResponseInfo, contract_of
+from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
+from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.features import decide, fallback_reason
+from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import is_internal
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
@@ -37,11 +39,13 @@ class RequestState:
         fallback: str | None,
         num_layers: int,
         splice: SpliceState | None,
+        received: TokenizedGenerateReqInput,
     ) -> None:
         self.contract = contract
         self.fallback = fallback
         self.num_layers = num_layers
         self.splice = splice
+        self.received = received  # what it is made from again, should its answer be discarded
         self.held = False
 
     def response_info(self, req: Req) -> dict[str, Any]:
@@ -71,8 +75,9 @@ class RkscOutputStreamer(SchedulerOutputStreamer):
     def stream_output(
         self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
     ) -> None:
-        # Nobody waits for the requests of our own.
-        super().stream_output([r for r in reqs if not is_internal(r)], return_logprob, skip_req)
+        # Nobody waits for the requests of our own, nor for discarded answers.
+        answered = [r for r in reqs if not is_internal(r) and not _is_doubted(r)]
+        super().stream_output(answered, return_logprob, skip_req)
 
     def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
         infos = [_info_of(req) for req in reqs]
@@ -80,6 +85,11 @@ class RkscOutputStreamer(SchedulerOutputStreamer):
 
     def is_request_level_customized_info_key(self, key: str) -> bool:
         return key == KEY or super().is_request_level_customized_info_key(key)
+
+
+def _is_doubted(req: Req) -> bool:
+    state = state_of(req)
+    return state is not None and state.splice is not None and state.splice.doubted
 
 
 def _info_of(req: Req) -> list[dict[str, Any]]:
@@ -110,7 +120,13 @@ class RkscScheduler(stock.Scheduler):
             splice_reason=splice_reason,
         )
         self.rksc_adder_class = self._make_adder_class()
-        self.rksc_guard, self.rksc_probe = self._watch_splices()
+        self.rksc_in_doubt: set[str] = set()
+        self.rksc_first_logits: FirstLogits | None = None
+        self.rksc_doubt: Doubt | None = None
+        self.rksc_guard: Guard | None = None
+        self.rksc_probe: CostProbe | None = None
+        if self.rksc_splicer is not None:
+            self._watch_splices(self.rksc_splicer)
         compat.check_scheduler(self)
 
     def _build_splicer(self) -> tuple[Splicer | None, str | None]:
@@ -137,11 +153,7 @@ class RkscScheduler(stock.Scheduler):
             return None
         return make_adder_class(min_tokens, self._count_held, self._count_error)
 
-    def _watch_splices(self) -> tuple[Guard | None, CostProbe | None]:
-        splicer = self.rksc_splicer
-        if splicer is None:
-            return None, None
-
+    def _watch_splices(self, splicer: Splicer) -> None:
         def fit_cost(short: tuple[int, float], long: tuple[int, float]) -> None:
             splicer.cost = CostModel.fit(short, long, splicer.copy_seconds)
             self.rksc_probe = None
@@ -152,11 +164,18 @@ class RkscScheduler(stock.Scheduler):
         def submit(req: Req) -> None:
             self.waiting_queue.append(req)  # another list after each pass
 
-        guard = Guard(config.guard_share, limits, vocab_size, submit, self.rksc_counters.add)
-        guard.watch(self.tp_worker.model_runner.model)
-        splicer.guard = guard
+        count = self.rksc_counters.add
+        doubt = Doubt(splicer.thresholds.margin, count)
+        guard = Guard(config.guard_share, limits, vocab_size, submit, doubt, count)
+        self.rksc_first_logits = FirstLogits(
+            self.tp_worker.model_runner.model,
+            (doubt.on_first_logits, guard.on_first_logits),
+            self._count_error,
+        )
         longest = min(self.max_req_input_len - 1, self.max_total_num_tokens // 4)
-        return guard, CostProbe(vocab_size, longest, submit, fit_cost)
+        self.rksc_probe = CostProbe(vocab_size, longest, submit, fit_cost)
+        self.rksc_doubt, self.rksc_guard = doubt, guard
+        splicer.guard = guard
 
     def _count_error(self, where: str) -> None:
         self.rksc_counters.add("errors")
@@ -187,11 +206,11 @@ class RkscScheduler(stock.Scheduler):
             fallback,
             self.model_config.num_hidden_layers,
             self._splice_state(req, contract),
+            recv_req,
         )
-        if contract is not None:
-            self.rksc_counters.add("requests")
-        if fallback is not None:
-            self.rksc_counters.add("fallbacks")
+        if req.rid not in self.rksc_in_doubt:  # it has been counted before
+            self.rksc_counters.add("requests", contract is not None)
+            self.rksc_counters.add("fallbacks", fallback is not None)
         return req
 
     def _splice_state(self, req: Req, contract: RequestContract | None) -> SpliceState | None:
@@ -209,13 +228,31 @@ class RkscScheduler(stock.Scheduler):
         ):
             return None
         asked = contract.tau if contract is not None else None
-        return SpliceState(req.rid, self.rksc_splicer.tau if asked is None else asked)
+        tau = self.rksc_splicer.thresholds.tau
+        state = SpliceState(req.rid, tau if asked is None else asked)
+        if req.rid in self.rksc_in_doubt:
+            state.give_up(DOUBTED)
+        return state
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
-        if self.rksc_guard is not None:
-            self.rksc_guard.batch = batch
+        if self.rksc_guard is not None and self.rksc_first_logits is not None:
+            self.rksc_first_logits.batch = batch
             self.rksc_guard.on_busy()
         return super().run_batch(batch, pp_proxy_tensors)
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        doubted = self.rksc_doubt.review(batch.reqs) if self.rksc_doubt is not None else []
+        super().process_batch_result(batch, result)
+        for req in doubted:
+            self._compute_again(req.rksc.received)
+
+    def _compute_again(self, received: TokenizedGenerateReqInput) -> None:
+        """Serve a request exactly, whose spliced answer was discarded."""
+        self.rksc_in_doubt.add(received.rid)
+        self.handle_generate_request(received)
+        self.rksc_in_doubt.remove(received.rid)
+        if self.waiting_queue and self.waiting_queue[-1].rid == received.rid:
+            self.waiting_queue.insert(0, self.waiting_queue.pop())  # it has waited before
 
     def on_idle(self) -> None:
         if self.rksc_guard is not None and self.is_fully_idle():

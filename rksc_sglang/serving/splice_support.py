@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from rksc_sglang.asks.content_index import ContentIndex
 from rksc_sglang.asks.plan import Planner
-from rksc_sglang.asks.profile import ProfileError, threshold
+from rksc_sglang.asks.profile import ProfileError, thresholds
 from rksc_sglang.asks.rope import UnsupportedRope, find_rope
 from rksc_sglang.asks.signature import Signatures, UnsupportedModel
 from rksc_sglang.config import RkscConfig
@@ -78,11 +78,11 @@ def build_splicer(
         config.splice_head, config.splice_tail, config.splice_min_tokens, cache.page_size
     )
     try:
-        tau = threshold(config, Path(scheduler.model_config.model_path))
+        limits = thresholds(config, Path(scheduler.model_config.model_path))
     except ProfileError as error:
         raise Unsupported(str(error)) from error
     vocab_size = scheduler.model_config.vocab_size
-    splicer = Splicer(cache, signatures, planner, tau, vocab_size, count)
+    splicer = Splicer(cache, signatures, planner, limits, vocab_size, count)
     splicer.copy_seconds = _measure_copy(cache, copy)
     return splicer
 

@@ -13,12 +13,14 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from rksc_sglang.asks.content_index import Run
+from rksc_sglang.asks.overlap import Windows
 from rksc_sglang.asks.plan import Compute, Planner, Take
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder
 from rksc_sglang.serving.internal import InternalState, is_internal, make_internal_req
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from rksc_sglang.asks.cost import CostModel
+    from rksc_sglang.asks.profile import Thresholds
     from rksc_sglang.asks.signature import Signatures
     from rksc_sglang.serving.guard import Guard
 
@@ -46,8 +49,11 @@ class SpliceState:
         stage: the stage that it waits for.
         staged_tokens: computed by stages.
         spliced_tokens, similarity: what was taken over, at which least similarity.
-        skip_until: runs in front of this position were refused by the gate.
+        skip_until: what is in front of this position was refused by the gate.
+        refusals: how often, of the run that is looked at.
         reason: why nothing (more) is spliced.
+        lead: nats by which the first token of the spliced prompt leads, on the device.
+        doubted: the answer was discarded; another request with the same id gives it.
         stopped: nothing more is spliced; what a stage of it still computes is of no use.
     """
 
@@ -61,7 +67,10 @@ class SpliceState:
     spliced_tokens: int = 0
     similarity: float | None = None
     skip_until: int = 0
+    refusals: int = 0
     reason: str | None = None
+    lead: torch.Tensor | None = None
+    doubted: bool = False
     stopped: bool = False
     stages: int = 0
     nothing_at: tuple[int, int] | None = None  # index version and position of a vain search
@@ -87,7 +96,7 @@ class Splicer:
         cache: splicing enabled.
         signatures: of all its slots.
         planner: the shipped settings.
-        tau: least similarity where a request does not say, and where it is from.
+        thresholds: where a request does not say.
         vocab_size: of the model.
         count: called with a counter's name.
     """
@@ -97,16 +106,17 @@ class Splicer:
         cache: SplicingRadixCache,
         signatures: Signatures,
         planner: Planner,
-        tau: tuple[float, str],
+        thresholds: Thresholds,
         vocab_size: int,
         count: Callable[[str], None],
     ) -> None:
         self.cache = cache
         self.signatures = signatures
         self.planner = planner
-        self.tau, self.tau_source = tau
+        self.thresholds = thresholds
         self.vocab_size = vocab_size
         self.count = count
+        self._windows: WeakKeyDictionary[Req, Windows] = WeakKeyDictionary()
         self.copy_seconds = 0.0  # to take over the KV of one token
         self.guard: Guard | None = None
         self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
@@ -161,9 +171,13 @@ class Splicer:
         if isinstance(step, Take):
             chosen = self._gate(req, state, step, ready)
             if chosen is not None:
+                state.refusals = 0
                 return self._take(req, state, chosen, ready, runs, limit)
             self.count("gate_refusals")
-            state.skip_until = max(stop for _, stop in step.options)
+            state.refusals += 1
+            state.skip_until = self.planner.again(step, ready, state.refusals)
+            if state.skip_until >= step.options[0][1]:
+                state.refusals = 0
         stage = self._next_stage(runs, max(ready, state.skip_until), limit)
         if stage is not None:
             return self._stage(req, state, stage)
@@ -286,8 +300,7 @@ class Splicer:
         """For the status page."""
         cache = self.cache
         return {
-            "tau": self.tau,
-            "tau_source": self.tau_source,
+            **asdict(self.thresholds),
             "vocab_size": self.vocab_size,
             "head": self.planner.head,
             "tail": self.planner.tail,
@@ -322,18 +335,20 @@ class Splicer:
 
     def _donor_is_coming(self, req: Req, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor for this one."""
-        index = self.cache.index
-        assert index is not None
-        tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)[req.prefix_len :]
+        length = self.planner.min_tokens + self.planner.head
+        own = self._windows_of(req)
         return any(
             namespace_of(leader) == namespace_of(req)
-            and index.shares_run(
-                tokens,
-                np.frombuffer(leader.full_untruncated_fill_ids, dtype=np.int64),
-                self.planner.min_tokens + self.planner.head,
-            )
+            and own.shares(self._windows_of(leader), length, req.prefix_len)
             for leader in leaders
         )
+
+    def _windows_of(self, req: Req) -> Windows:
+        windows = self._windows.get(req)
+        if windows is None:
+            windows = Windows(np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64))
+            self._windows[req] = windows
+        return windows
 
 
 class SplicingPrefillAdder(RootFirstPrefillAdder):

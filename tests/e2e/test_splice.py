@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,13 +46,13 @@ def prompt(number, document=DOCUMENT, question="What should not be sold?"):
     return chat(SYSTEMS[number], f"{document}\n\n{question}")
 
 
-def ask(url, text, share=None, salt=None, rksc=None, **kwargs):
+def ask(url, text, share=None, salt=None, rksc=None, temperature=0, **kwargs):
     contract = {**({"share": share} if share else {}), **(rksc or {})}
     body = {
         "text": text,
         "sampling_params": {
             "max_new_tokens": 8,
-            "temperature": 0,
+            "temperature": temperature,
             "ignore_eos": True,
             **({"custom_params": {"rksc": contract}} if contract else {}),
         },
@@ -76,7 +78,7 @@ def splicing(smollm2, logs):
     """A server in mode balanced; SGLang stops it when a slot leaks."""
     flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
     flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
-    flags += ["--enable-metrics", "--dtype", "float32"]
+    flags += ["--enable-metrics", "--dtype", "float32", "--rksc-margin", "0"]
     with ServerProcess(flags, log=logs / "splicing.log") as server:
         server.wait_ready()
         yield server.url
@@ -309,3 +311,31 @@ def test_a_corrupted_splice_is_noticed_and_ended(tiny_model, logs):
         answer = ask(server.url, prompt(1, text), "similar", "harmed")
         assert info(answer)["share"] == "exact"
         assert "guard" in info(answer)["fallback"]
+
+
+def test_near_ties_are_computed_again_exactly(tiny_model, logs):
+    flags = ["--model-path", str(tiny_model), "--rksc-mode", "balanced", "--rksc-tau", "0.01"]
+    flags += ["--rksc-margin", "50", "--max-total-tokens", "8192", "--dtype", "float32"]
+    with ServerProcess(flags, log=logs / "doubt.log") as server:
+        server.wait_ready()
+        # Long, so that it pays on so small a model, and behind contexts that are close to it.
+        text = " ".join([DOCUMENT] * 8)
+        prompts = [chat(SYSTEMS[0], f"This is copy {number}. {text}") for number in range(5)]
+        ask(server.url, prompts[0], "similar", "a")
+        with ThreadPoolExecutor(3) as pool:
+            send = partial(ask, server.url, share="similar", salt="a")
+            answers = list(pool.map(send, prompts[1:4]))
+        for text, answer in zip(prompts[1:4], answers):
+            assert info(answer)["share"] == "exact"
+            assert info(answer)["spliced_tokens"] == 0
+            assert "nearly tied" in info(answer)["fallback"]
+            exact = ask(server.url, text, "exact", text)
+            assert answer["output_ids"] == exact["output_ids"]
+        state = rank(server.url)
+        assert state["counters"]["doubts"] == 3
+        assert state["counters"]["spliced_requests"] == 3
+        assert state["splice"]["margin"] == 50
+
+        answer = ask(server.url, prompts[4], "similar", "a", temperature=1)
+        assert info(answer)["share"] == "similar"
+        server.check()

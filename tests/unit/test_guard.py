@@ -1,12 +1,16 @@
-"""The guard: which requests are shadowed, when, and what is made of it."""
+"""Who watches splices: the guard's shadows, doubts about first tokens, the probe of costs."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import nn
 
 from rksc_sglang.serving import guard as guard_module
+from rksc_sglang.serving.doubt import Doubt
+from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.probe import LONG, SHORT, CostProbe
 from rksc_sglang.serving.splicing import SpliceState
@@ -28,20 +32,24 @@ def server(make_req, monkeypatch):
     submitted, counts = [], []
     model = nn.Module()
     model.logits_processor = LogitsProcessor()
-    guard = Guard(1.0, Limits(0.05, 0.05), VOCABULARY, submitted.append, counts.append)
-    guard.watch(model)
+    doubt = Doubt(0.2, counts.append)
+    guard = Guard(1.0, Limits(0.05, 0.05), VOCABULARY, submitted.append, doubt, counts.append)
+    listeners = [doubt.on_first_logits, guard.on_first_logits]
+    logits = FirstLogits(model, listeners, counts.append)
 
-    def forward(reqs, logits):
+    def forward(reqs, rows):
         for req in reqs:
             req.refresh_fill_ids()
             req.extend_end = len(req.full_untruncated_fill_ids)
-        guard.batch = SimpleNamespace(reqs=reqs, forward_mode=EXTEND)
+        logits.batch = SimpleNamespace(reqs=reqs, forward_mode=EXTEND)
         guard.on_busy()
-        model.logits_processor(torch.stack(logits))
+        model.logits_processor(torch.stack(rows))
 
-    def spliced(rid, tenant=None, tokens=30):
+    def spliced(rid, tenant=None, tokens=30, tau=0.5, temperature=0.0):
         req = make_req(rid, range(60), extra_key=tenant)
-        splice = SpliceState(rid, 0.5, spliced_tokens=tokens)
+        req.sampling_params = SamplingParams(temperature=temperature)
+        req.sampling_params.normalize(None)
+        splice = SpliceState(rid, tau, spliced_tokens=tokens)
         req.rksc = SimpleNamespace(splice=splice)
         return req
 
@@ -130,3 +138,48 @@ def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(make_req):
     assert (short, long) == (SHORT, LONG)
     probe.on_idle(passes)
     assert len(fitted) == 1
+
+
+def tied(by):
+    logits = peaked(1)
+    logits[2] = logits[1] - by
+    return logits
+
+
+def test_a_near_tie_gives_no_answer(server):
+    close, clear = server.spliced("close"), server.spliced("clear")
+    server.forward([close, clear], [tied(0.1), tied(0.3)])
+    assert server.doubt.review([close, clear]) == [close]
+    assert close.discard_output_reason is not None
+    assert clear.discard_output_reason is None
+    assert close.rksc.splice.doubted
+    assert server.counts == ["doubts"]
+    assert server.doubt.review([close, clear]) == []  # once is enough
+
+
+@pytest.mark.parametrize(
+    "other", [{"tokens": 0}, {"tau": 0.0}, {"temperature": 0.7}], ids=lambda other: str(other)
+)
+def test_only_greedy_splices_are_doubted(server, other):
+    req = server.spliced("a", **other)
+    server.forward([req], [tied(0.0)])
+    assert server.doubt.review([req]) == []
+
+
+def test_who_has_left_is_not_computed_again(server):
+    req = server.spliced("a")
+    server.forward([req], [tied(0.0)])
+    req.to_finish = FINISH_ABORT("the client has gone")
+    assert server.doubt.review([req]) == []
+
+
+def test_a_discarded_answer_is_no_evidence_of_harm(server):
+    server.forward([server.spliced("a")], [tied(0.1)])
+    server.idle(2)
+    assert not server.submitted
+
+
+def test_a_failing_listener_stops_no_batch(server):
+    server.listeners[0] = lambda req, logits: 1 / 0
+    server.forward([server.spliced("a")], [tied(0.1)])
+    assert server.counts == ["first_logits"]

@@ -107,3 +107,18 @@ def test_a_splice_pays_when_it_saves_more_than_its_passes_cost():
 def test_a_cost_model_needs_two_lengths():
     with pytest.raises(ValueError, match="16 and 16"):
         CostModel.fit((16, 1.0), (16, 1.0), 0.0)
+
+
+def test_a_refused_run_is_looked_at_again_behind_longer_heads():
+    planner = Planner(head=8, tail=1, min_tokens=16, page_size=1)
+    runs = [run(20, 1000)]
+    step = planner.next_step(runs, ready=28, limit=5000)
+    assert [planner.again(step, 28, refusals) for refusals in (1, 2, 3)] == [52, 124, 1020]
+
+
+def test_a_refused_run_is_left_when_too_little_of_it_remains():
+    planner = Planner(head=8, tail=1, min_tokens=16, page_size=16)
+    step = planner.next_step([run(20, 60)], ready=32, limit=5000)
+    assert step.options[0][1] == 80
+    assert planner.again(step, 32, 1) == 64
+    assert planner.again(step, 64, 2) == 80

@@ -17,20 +17,21 @@ from rksc_sglang.asks.calibrate import (
     upper_mean,
 )
 from rksc_sglang.asks.profile import (
+    DEFAULT_MARGIN,
     DEFAULT_TAU,
     PAPER_TAU,
     ProfileError,
     SpliceProfile,
     fingerprint,
     shipped_profiles,
-    threshold,
+    thresholds,
 )
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.launch_server import LaunchError, check_profile
 
 
 def pair(similarity, kl):
-    return Pair(similarity, kl, True, 100, 200)
+    return Pair(similarity, kl, 0.1, True, 100, 200)
 
 
 def test_tau_is_where_the_splices_begin_to_be_bad():
@@ -73,20 +74,26 @@ def test_texts_from_a_file(tmp_path):
 @pytest.fixture
 def profile(tiny_model, tmp_path):
     path = tmp_path / "profile.json"
-    SpliceProfile(fingerprint(tiny_model), 0.93, 0.01, {"head": 16}, {"pairs": 1}).save(path)
+    SpliceProfile(fingerprint(tiny_model), 0.93, 0.1, 0.01, {"head": 16}, {"pairs": 1}).save(path)
     return path
 
 
-def test_where_tau_comes_from(tiny_model, smollm2, profile):
-    def tau(model, **settings):
-        return threshold(RkscConfig(mode="balanced", **settings), model)[0]
+def test_where_the_thresholds_come_from(tiny_model, smollm2, profile):
+    def found(model, mode="balanced", **settings):
+        limits = thresholds(RkscConfig(mode=mode, **settings), model)
+        return limits.tau, limits.margin
 
-    assert tau(tiny_model, tau=0.3, profile=str(profile)) == 0.3
-    assert tau(tiny_model, profile=str(profile)) == 0.93
-    assert tau(tiny_model) == DEFAULT_TAU
-    assert threshold(RkscConfig(mode="paper"), tiny_model)[0] == PAPER_TAU
+    assert found(tiny_model, tau=0.3, profile=str(profile)) == (0.3, 0.1)
+    assert found(tiny_model, margin=0.4, profile=str(profile)) == (0.93, 0.4)
+    assert found(tiny_model) == (DEFAULT_TAU, DEFAULT_MARGIN)
+    assert found(tiny_model, mode="paper") == (PAPER_TAU, 0)
     (shipped,) = shipped_profiles()
-    assert tau(smollm2) == shipped.tau
+    assert found(smollm2) == (shipped.tau, shipped.margin)
+    mixed = thresholds(RkscConfig(mode="balanced", margin=0.4), tiny_model)
+    assert (mixed.tau_source, mixed.margin_source) == (
+        "not calibrated for this model",
+        "--rksc-margin",
+    )
     assert shipped.evidence["pairs"] == len(shipped.evidence["rows"])
 
 
@@ -101,7 +108,7 @@ def test_what_is_no_profile_is_refused(tmp_path, tiny_model, content):
     path = tmp_path / "profile.json"
     path.write_text(content)
     with pytest.raises(ProfileError, match="no splice profile"):
-        threshold(RkscConfig(mode="balanced", profile=str(path)), tiny_model)
+        thresholds(RkscConfig(mode="balanced", profile=str(path)), tiny_model)
 
 
 def test_a_model_is_known_by_its_weights(tiny_model, tmp_path):

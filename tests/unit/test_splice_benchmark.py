@@ -22,6 +22,7 @@ from benchmarks.splice_cases import (
     SpliceCase,
 )
 from benchmarks.text import machine_texts
+from rksc_sglang.contract import DOUBTED
 
 PROBLEMS = [
     Problem(
@@ -296,6 +297,7 @@ def quality_row(family, position, condition="rksc", head=16, **changed):
         "info": info,
         "kl_info": info,
         "kl": 0.001 * (position + 1),
+        "lead": 0.1 * position,
         "top1": True,
         "exact_labels": [-1.0, -2.0 - position],
         "labels": [-1.0, -2.0 - position],
@@ -371,6 +373,23 @@ def test_what_was_not_spliced_counts_for_coverage_alone():
     assert summary["coverage"] == pytest.approx(16 / 32)
     assert summary["top1_agreement"] == 1
     assert summary["families"][PERSONA]["spliced"] == 4
+
+
+def test_doubts_count_for_coverage_apart():
+    rows = all_rows()
+    doubted = {**rows[-2]["info"], "spliced_tokens": 0, "similarity": None, "fallback": DOUBTED}
+    row = next(r for r in rows if r["workload"] == PERSONA and r["condition"] == "rksc")
+    row |= {"info": doubted, "kl_info": doubted, "ungated": {"kl": 0.1, "lead": 0.0, "top1": False}}
+    row["ungated"]["kl_info"] = {**doubted, "spliced_tokens": 100, "similarity": 0.9}
+    summary = splice.summarise(rows)
+    assert summary["doubted_cases"] == 1
+    assert summary["coverage"] == pytest.approx(15 / 16)
+    assert summary["coverage_with_doubted"] == 1
+    assert summary["top1_agreement"] == 1
+    none, *_, half = summary["curves"]["margin"]
+    assert none["top1_agreement"] < 1
+    assert half["share"] < none["share"] == 1
+    assert half["top1_agreement"] == 1
 
 
 def test_a_donors_answer_to_an_edited_prompt_is_no_agreement():

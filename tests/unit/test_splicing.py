@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rksc_sglang.asks.content_index import ContentIndex
 from rksc_sglang.asks.plan import Planner
+from rksc_sglang.asks.profile import Thresholds
 from rksc_sglang.asks.root_first import make_adder_class
 from rksc_sglang.serving.internal import is_internal
 from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
@@ -41,7 +42,12 @@ class Scheduler:
         )
         planner = Planner(head, tail, min_tokens, page_size)
         self.splicer = Splicer(
-            self.cache, signatures, planner, (0.5, "test"), 100, self.counts.append
+            self.cache,
+            signatures,
+            planner,
+            Thresholds(0.5, 0.0, "test", "test"),
+            100,
+            self.counts.append,
         )
         self.adder_class = make_adder_class(
             8,
@@ -203,6 +209,7 @@ class Scheduler:
 
 
 DOC = [10 + i % 17 + i // 17 for i in range(40)]
+LONG = list(range(100, 160))
 
 
 @pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
@@ -265,6 +272,25 @@ def test_a_context_that_is_too_different_is_computed(scheduler):
     third = scheduler.send("c", [14, 16, 17, 18, *DOC, 9], tau=0.3)
     scheduler.serve(third)
     assert third.rksc.splice.similarity == pytest.approx(0.4)
+    scheduler.check()
+
+
+def test_a_longer_head_is_tried_where_the_gate_refuses(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG, 5]))
+    asked = []
+
+    def similarity(here, donors):
+        asked.append(here)
+        return [0.4 if len(asked) == 1 else 0.8] * len(donors)
+
+    scheduler.splicer.signatures.similarity = similarity
+    second = scheduler.send("b", [4, 6, 7, 8, *LONG, 9], tau=0.5)
+    scheduler.serve(second)
+    planner = scheduler.splicer.planner
+    assert len(asked) == 2
+    assert second.rksc.splice.similarity == pytest.approx(0.8)
+    head = len(LONG) - second.rksc.splice.spliced_tokens - planner.tail + 1
+    assert 4 * planner.head <= head < 4 * planner.head + 2 * planner.page_size
     scheduler.check()
 
 

@@ -1,0 +1,330 @@
+"""Problems with worked steps and checkable answers, for training and judging the reasoner.
+
+Five families: arithmetic chains, counting legs and filtering numbers by comparison come from
+``reasoning-gym``; ordering people and looking up facts are made here. Difficulty goes from 1 to 3.
+A problem's split is a function of its text, so that no problem is in two of them.
+
+    >>> problem = next(problems("test", seed=0, families=("chain",)))
+    >>> check(problem, f"Let me think.\\n{problem.solution}")
+    True
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+Split = Literal["train", "calibration", "test"]
+
+DIFFICULTIES = (1, 2, 3)
+NAMES = (
+    "Ada Ali Amy Ana Ben Bo Cai Cara Dan Dora Eli Emma Eva Finn Gus Ian Ida Ivy Jack Jane Jon Kai "
+    "Kim Lea Leo Lily Liv Lou Max Mara Mia Ned Nina Noah Olga Otis Pam Paul Pia Raj Ron Rosa Sam "
+    "Sara Sid Tara Ted Tim Tom Una Uma Vera Vic Will Yan Zoe"
+).split()
+CITIES = "Oslo Rome Paris Lima Cairo Delhi Tokyo Bern Riga Quito Accra Dakar Turin Kyoto".split()
+JOBS = "baker nurse pilot farmer judge cook singer tailor guard miner painter clerk".split()
+PETS = "goat cat dog horse parrot rabbit turtle snake hamster duck pony fish".split()
+#: The one who has more of it, and who has most and least of it.
+COMPARISONS = (
+    ("taller", "tallest", "shortest"),
+    ("older", "oldest", "youngest"),
+    ("faster", "fastest", "slowest"),
+    ("heavier", "heaviest", "lightest"),
+    ("richer", "richest", "poorest"),
+)
+
+
+class Work(NamedTuple):
+    """Steps, one a line, and the answer that they lead to."""
+
+    steps: tuple[str, ...]
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.steps, f"Answer: {self.answer}"])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, how it is worked out, and its answer.
+
+    Attributes:
+        data: what the family made the question from.
+    """
+
+    family: str
+    difficulty: int
+    question: str
+    data: Any
+    work: Work
+
+    @property
+    def solution(self) -> str:
+        return self.work.text
+
+    @property
+    def answer(self) -> str:
+        return self.work.answer
+
+    def slip(self, rng: random.Random) -> Work:
+        """A solution with one slip, and what follows from it; its answer is wrong."""
+        while True:
+            work = FAMILIES[self.family].work(self.data, rng)
+            if work.answer != self.answer:
+                return work
+
+
+class Family(NamedTuple):
+    """How a family makes problems and works them out, with one slip where it is given a chance."""
+
+    draw: Callable[[random.Random, int], tuple[str, Any]]
+    work: Callable[[Any, random.Random | None], Work]
+
+
+def split_of(question: str) -> Split:
+    """The only split that this question can be in: a twentieth each is test and calibration."""
+    place = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 20
+    return {0: "test", 1: "calibration"}.get(place, "train")  # type: ignore[return-value]
+
+
+def problems(
+    split: Split,
+    seed: int,
+    families: Sequence[str] = (),
+    difficulties: Sequence[int] = DIFFICULTIES,
+) -> Iterator[Problem]:
+    """Problems of a split without end, families and difficulties in turn.
+
+    Raises:
+        ValueError: a family or difficulty that there is not.
+    """
+    families = families or tuple(FAMILIES)
+    unknown = [f for f in families if f not in FAMILIES]
+    if unknown or not set(difficulties) <= set(DIFFICULTIES) or not difficulties:
+        raise ValueError(f"expected families of {list(FAMILIES)}, difficulties of {DIFFICULTIES}")
+    rng = random.Random(f"{split}/{seed}")
+    while True:
+        for difficulty in difficulties:
+            for family in families:
+                yield _draw(rng, split, family, difficulty)
+
+
+def _draw(rng: random.Random, split: Split, family: str, difficulty: int) -> Problem:
+    while True:
+        question, data = FAMILIES[family].draw(rng, difficulty)
+        if split_of(question) == split:
+            return Problem(family, difficulty, question, data, FAMILIES[family].work(data, None))
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands behind the last "Answer:" of a text; None where there is none."""
+    found = re.findall(r"Answer:[ ]*([^\n]*)", text)
+    return found[-1].strip() if found else None
+
+
+def check(problem: Problem, text: str) -> bool:
+    """Whether a text ends in the problem's answer."""
+    return extract_answer(text) == problem.answer
+
+
+def _gym(name: str, rng: random.Random, **config: Any) -> dict[str, Any]:
+    import reasoning_gym  # of the extras "train" and "bench": a server needs no problems
+
+    return reasoning_gym.create_dataset(name, seed=rng.getrandbits(31), size=1, **config)[0]
+
+
+# Arithmetic chains
+
+
+def _draw_chain(rng: random.Random, difficulty: int) -> tuple[str, Any]:
+    terms = rng.randint(*((2, 3), (3, 4), (4, 5))[difficulty - 1])
+    item = _gym(
+        "chain_sum",
+        rng,
+        min_terms=terms,
+        max_terms=terms,
+        min_digits=1,
+        max_digits=1 if difficulty == 1 else 2,
+    )
+    return item["question"], item["metadata"]["expression"]
+
+
+def _work_chain(expression: str, slip: random.Random | None) -> Work:
+    first, *rest = re.findall(r"([+-]?) ?(\d+)", expression)
+    total, steps = int(first[1]), []
+    bad = slip.randrange(len(rest)) if slip else None
+    for i, (sign, number) in enumerate(rest):
+        value = total + int(number) * (-1 if sign == "-" else 1)
+        if i == bad:
+            value = _near(value, slip)
+        steps.append(f"{total} {sign} {number} = {value}")
+        total = value
+    return Work(tuple(steps), str(total))
+
+
+def _near(value: int, rng: random.Random | None) -> int:
+    """A wrong result as slips make them: a carry forgotten, one too many, a sign lost."""
+    assert rng is not None
+    return rng.choice([value + 1, value - 1, value + 10, value - 10, value + 2, value - 2, -value])
+
+
+# Counting legs
+
+
+def _draw_legs(rng: random.Random, difficulty: int) -> tuple[str, Any]:
+    item = _gym(
+        "leg_counting",
+        rng,
+        min_animals=(1, 2, 3)[difficulty - 1],
+        max_animals=(2, 2, 3)[difficulty - 1],
+        min_instances=1,
+        max_instances=(4, 6, 9)[difficulty - 1],
+    )
+    return item["question"].strip(), tuple(item["metadata"]["animals"].items())
+
+
+def _work_legs(animals: Sequence[tuple[str, int]], slip: random.Random | None) -> Work:
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    bad = slip.randrange(2 * len(animals) - 1) if slip else None
+    steps, total = [], 0
+    for i, (animal, count) in enumerate(animals):
+        legs = ANIMALS[animal]
+        if i == bad and slip and slip.random() < 0.5:
+            legs = slip.choice([n for n in (0, 2, 4, 6, 8) if n != legs])
+            product = count * legs
+        else:
+            product = count * legs
+            if i == bad:
+                product = _near(product, slip)
+        steps.append(f"{animal}: {count} * {legs} = {product}")
+        if i:
+            value = total + product
+            if bad == len(animals) + i - 1:
+                value = _near(value, slip)
+            steps.append(f"{total} + {product} = {value}")
+            total = value
+        else:
+            total = product
+    return Work(tuple(steps), str(total))
+
+
+# Filtering by comparison
+
+
+def _draw_filter(rng: random.Random, difficulty: int) -> tuple[str, Any]:
+    numbers = (3, 4, 6)[difficulty - 1]
+    item = _gym(
+        "number_filtering",
+        rng,
+        min_numbers=numbers,
+        max_numbers=numbers,
+        min_decimals=0,
+        max_decimals=0,
+        min_value=0 if difficulty < 3 else -99,
+        max_value=99,
+    )
+    meta = item["metadata"]
+    data = (tuple(meta["original_numbers"]), meta["operation"], meta["filter_value"])
+    return item["question"], data
+
+
+def _work_filter(data: tuple[Sequence[str], str, str], slip: random.Random | None) -> Work:
+    numbers, operation, limit = data
+    verb, _, side = operation.partition("_")
+    bad = slip.randrange(len(numbers)) if slip else None
+    steps, kept = [], []
+    for i, number in enumerate(numbers):
+        larger = float(number) > float(limit)
+        # A number equal to the limit is neither larger nor smaller.
+        matches = larger if side == "larger" else float(number) < float(limit)
+        keep = (matches if verb == "keep" else not matches) != (i == bad)
+        relation = ">" if larger else "<" if float(number) < float(limit) else "="
+        steps.append(f"{number} {relation} {limit}: {'keep' if keep else 'drop'}")
+        if keep:
+            kept.append(number)
+    return Work(tuple(steps), str(kept))
+
+
+# Ordering people
+
+
+def _draw_order(rng: random.Random, difficulty: int) -> tuple[str, Any]:
+    names = tuple(rng.sample(NAMES, (3, 4, 5)[difficulty - 1]))
+    more, most, least = rng.choice(COMPARISONS)
+    wanted = rng.choice((most, least))
+    facts = [f"{a} is {more} than {b}." for a, b in pairwise(names)]
+    rng.shuffle(facts)
+    return f"{' '.join(facts)} Who is the {wanted}?", (names, more, wanted == most)
+
+
+def _work_order(data: tuple[Sequence[str], str, bool], slip: random.Random | None) -> Work:
+    names, more, most = data
+    order = list(names)
+    if slip:
+        i = slip.randrange(len(order) - 1)
+        order[i], order[i + 1] = order[i + 1], order[i]
+    steps = tuple(f"{a} is {more} than {b}." for a, b in pairwise(order))
+    return Work(steps, order[0] if most else order[-1])
+
+
+# Looking up facts
+
+_RELATIONS = {
+    "city": (CITIES, "{name} lives in {value}."),
+    "job": (JOBS, "{name} works as a {value}."),
+    "pet": (PETS, "{name} keeps a {value}."),
+}
+_ASK = {"city": "Where does {who} live?", "pet": "Which animal does {who} keep?"}
+
+
+def _draw_facts(rng: random.Random, difficulty: int) -> tuple[str, Any]:
+    people = (7, 7, 9)[difficulty - 1]
+    names = rng.sample(NAMES, people)
+    columns = {kind: rng.sample(values, people) for kind, (values, _) in _RELATIONS.items()}
+    sheet = {
+        (name, kind): text.format(name=name, value=columns[kind][i])
+        for i, name in enumerate(names)
+        for kind, (_, text) in _RELATIONS.items()
+    }
+    lines = list(sheet.values())
+    rng.shuffle(lines)
+    kind, person = rng.choice(list(_ASK)), rng.randrange(people)
+    hops = 1 if difficulty == 1 else 2
+    who = names[person] if hops == 1 else f"the {columns['job'][person]}"
+    question = f"Facts:\n{' '.join(lines)}\n{_ASK[kind].format(who=who)}"
+    rows = tuple(zip(names, *columns.values()))
+    return question, (rows, kind, person, hops)
+
+
+def _work_facts(
+    data: tuple[Sequence[Sequence[str]], str, int, int], slip: random.Random | None
+) -> Work:
+    rows, kind, person, hops = data
+    found = person
+    if slip:
+        found = slip.choice([i for i in range(len(rows)) if i != person])
+    name, kinds = rows[found][0], list(_RELATIONS)
+    value = rows[found][1 + kinds.index(kind)]
+    if slip and (hops == 1 or slip.random() < 0.5):
+        name = rows[person][0]  # the right person, with what another one has
+    steps = [_RELATIONS[kind][1].format(name=name, value=value)]
+    if hops == 2:
+        steps.insert(0, _RELATIONS["job"][1].format(name=name, value=rows[person][2]))
+    return Work(tuple(steps), value)
+
+
+FAMILIES: dict[str, Family] = {
+    "chain": Family(_draw_chain, _work_chain),
+    "legs": Family(_draw_legs, _work_legs),
+    "filter": Family(_draw_filter, _work_filter),
+    "order": Family(_draw_order, _work_order),
+    "facts": Family(_draw_facts, _work_facts),
+}

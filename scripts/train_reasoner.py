@@ -1,0 +1,347 @@
+"""Train the reasoner, a small Llama that solves problems and judges solutions, from scratch.
+
+    python scripts/train_reasoner.py --out DIR [--tokens N] [--minutes M]
+
+Ordinary next-token training on the dialogues of ``rksc_sglang.models.dialogues``, packed into
+rows; the loss is that of what the assistant ought to say. Every ``--attempts-every`` tokens the
+model's own attempts at training problems are sampled: from then on it learns to judge those.
+A checkpoint in DIR is resumed; DIR/loss.jsonl is the curve and DIR/model the result. Batches are
+functions of the seed and the step, so that an interrupted run goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue
+from rksc_sglang.models.problems import Problem, check, problems
+
+#: Of each sequence; the second is what long prompts need, at most an eighth of the batches.
+ROW_LENGTHS = (512, 2048)
+LONG_EVERY = 8
+IGNORED = -100
+EOS = "<|endoftext|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over training dialogues, digits apart: words of the problems are one token."""
+    rng = random.Random(seed)
+    stream = itertools.islice(problems("train", seed), dialogues)
+    texts = ("".join(map(str, make_dialogue(problem, rng))) for problem in stream)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=EOS)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]) -> tuple[list, list]:
+    """Token ids of a dialogue, and its labels: ``IGNORED`` but for what is learned."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in dialogue:
+        head = tokenizer.encode(f"{START}{turn.role}\n", add_special_tokens=False)
+        body = tokenizer.encode(f"{turn.text}{END}", add_special_tokens=False)
+        tail = tokenizer.encode("\n", add_special_tokens=False)
+        ids += head + body + tail
+        labels += [IGNORED] * len(head) + (body if turn.learn else [IGNORED] * len(body))
+        labels += [IGNORED] * len(tail)
+    return ids, labels
+
+
+class Attempts:
+    """The model's own attempts at training problems, newest kept."""
+
+    def __init__(self, limit: int = 20000) -> None:
+        self.limit = limit
+        self.texts: dict[str, tuple[Problem, list[str]]] = {}
+
+    def add(self, problem: Problem, texts: list[str]) -> None:
+        self.texts.pop(problem.question, None)
+        self.texts[problem.question] = (problem, texts)
+        while len(self.texts) > self.limit:
+            del self.texts[next(iter(self.texts))]
+
+    def __call__(self, problem: Problem) -> Sequence[str]:
+        return self.texts.get(problem.question, (problem, []))[1]
+
+    def draw(self, rng: random.Random) -> Problem | None:
+        return rng.choice(list(self.texts.values()))[0] if self.texts else None
+
+
+def batch_of(
+    tokenizer: PreTrainedTokenizerFast, attempts: Attempts, seed: int, step: int, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and labels, [rows, length] int64, of one step."""
+    rng = random.Random(f"{seed}/{step}")
+    length = ROW_LENGTHS[step % LONG_EVERY == LONG_EVERY - 1]
+    fresh = problems("train", rng.getrandbits(40))
+    known = list(attempts.texts.values())
+    rows, row_labels = [], []
+    for _ in range(max(tokens // length, 1)):
+        ids: list[int] = []
+        labels: list[int] = []
+        while len(ids) < length:
+            problem = rng.choice(known)[0] if known and rng.random() < 0.5 else next(fresh)
+            more, more_labels = encode(tokenizer, make_dialogue(problem, rng, attempts))
+            ids += more
+            labels += more_labels
+        rows.append(ids[:length])
+        row_labels.append(labels[:length])
+    return torch.tensor(rows), torch.tensor(row_labels)
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    temperature: float,
+    max_tokens: int = 120,
+) -> list[str]:
+    """One answer to each prompt; greedy at temperature 0."""
+    tokenizer.padding_side = "left"
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    choose: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        choose = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    outputs = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=max_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **choose,
+    )
+    new = outputs[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def prompt_of(problem: Problem) -> str:
+    return f"{Turn('user', problem.question)}{START}assistant\n"
+
+
+def gather_attempts(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    attempts: Attempts,
+    seed: int,
+    count: int,
+    each: int = 4,
+) -> float:
+    """Sample ``each`` solutions of ``count`` training problems; returns the share that is right."""
+    model.eval()
+    right = total = 0
+    drawn = sorted(itertools.islice(problems("train", seed), count), key=lambda p: len(p.question))
+    for start in range(0, count, 64):
+        some = drawn[start : start + 64]
+        texts = [
+            sample(model, tokenizer, [prompt_of(p) for p in some], temperature=0.9)
+            for _ in range(each)
+        ]
+        for problem, own in zip(some, zip(*texts)):
+            attempts.add(problem, list(own))
+            right += sum(check(problem, text) for text in own)
+            total += each
+    model.train()
+    return right / max(total, 1)
+
+
+def greedy_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int
+) -> dict[str, float]:
+    """By family, on problems of the calibration split."""
+    model.eval()
+    right: dict[str, list[bool]] = {}
+    drawn = list(itertools.islice(problems("calibration", 0), count))
+    for start in range(0, count, 75):
+        some = drawn[start : start + 75]
+        for problem, text in zip(
+            some, sample(model, tokenizer, [prompt_of(p) for p in some], temperature=0)
+        ):
+            right.setdefault(problem.family, []).append(check(problem, text))
+    model.train()
+    return {family: sum(values) / len(values) for family, values in right.items()}
+
+
+def learning_rate(done: float) -> float:
+    """Share of the full rate at a share of the run: warm-up, constant, then down to nothing."""
+    return min(1.0, done / 0.01 + 0.01, max((1.0 - done) / 0.3, 0.0))
+
+
+def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest."""
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+        (matrices if inside else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = result.add_argument
+    add("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
+    add("--tokens", type=float, default=100e6, help="to train on in all")
+    add("--minutes", type=float, help="stop after so long, to be resumed")
+    add("--batch-tokens", type=int, default=8192, help="of one step")
+    add("--layers", type=int, default=10)
+    add("--width", type=int, default=192, help="a multiple of 64, the width of a head")
+    add("--vocab-size", type=int, default=1024)
+    add("--learning-rate", type=float, default=4e-3)
+    add("--attempts-every", type=float, default=2e6, help="tokens between samplings of attempts")
+    add("--attempts", type=int, default=1500, help="problems sampled each time")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return result
+
+
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3 // 64 * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=args.width // 64,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).to(args.device)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    folder = args.out / "model"
+    if checkpoint.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        tokenizer = train_tokenizer(args.vocab_size, args.seed)
+        tokenizer.save_pretrained(folder)
+    model = make_model(args, tokenizer)
+    optimizers = make_optimizers(model, args.learning_rate)
+    attempts, step, sampled = Attempts(), 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        attempts, step, sampled = state["attempts"], state["step"], state["sampled"]
+    total = int(args.tokens // args.batch_tokens)
+    began = saved_at = time.monotonic()
+    curve = (args.out / "loss.jsonl").open("a")
+
+    def write_down(**values: Any) -> None:
+        print(json.dumps({"tokens": step * args.batch_tokens, **values}), file=curve, flush=True)
+
+    def checkpoint_now() -> None:
+        save(
+            checkpoint,
+            {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "attempts": attempts,
+                "step": step,
+                "sampled": sampled,
+            },
+        )
+
+    model.train()
+    losses: list[float] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("training", total=total, completed=step)
+        while step < total:
+            if step * args.batch_tokens - sampled >= args.attempts_every:
+                sampled = step * args.batch_tokens
+                right = gather_attempts(model, tokenizer, attempts, 10**6 + step, args.attempts)
+                accuracy = greedy_accuracy(model, tokenizer, 150)
+                write_down(right=right, greedy=accuracy)
+                model.save_pretrained(folder)
+            for optimizer, base in zip(optimizers, itertools.repeat(args.learning_rate)):
+                for group in optimizer.param_groups:
+                    group["lr"] = base * learning_rate(step / total)
+            ids, labels = (
+                x.to(args.device)
+                for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)
+            )
+            loss = model(input_ids=ids, labels=labels).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            losses.append(loss.item())
+            rate = args.batch_tokens * len(losses) / (time.monotonic() - began)
+            progress.update(
+                bar, completed=step, description=f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s"
+            )
+            if step % 20 == 0:
+                write_down(loss=sum(losses[-20:]) / len(losses[-20:]), rate=round(rate))
+            if time.monotonic() - saved_at > 300:
+                checkpoint_now()
+                saved_at = time.monotonic()
+            if args.minutes and time.monotonic() - began > 60 * args.minutes:
+                break
+    checkpoint_now()
+    model.save_pretrained(folder)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.width % 64:
+        sys.exit("--width: must be a multiple of 64")
+    run(args)
+
+
+if __name__ == "__main__":
+    main()
