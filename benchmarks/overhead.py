@@ -135,7 +135,7 @@ def main() -> None:
             for name, mode in (("stock", "off"), *zip(MODES, MODES))
         ]
         cases = [case for group in MODELS for case in make_cases(group, texts) * TAKES[group]]
-        harness.run("benchmarks.overhead", args, conditions, cases, 3 if args.quick else 12)
+        harness.run("benchmarks.overhead", args, conditions, cases, 3 if args.quick else 8)
 
 
 if __name__ == "__main__":

@@ -56,19 +56,19 @@ LABELS = ("Yes", "No")
 class Sizes:
     """How much of everything; the full run takes under an hour on 2 cores."""
 
-    persona: int = 40
-    groups: int = 16
+    persona: int = 32
+    groups: int = 13
     group_sizes: tuple[int, int] = (4, 8)
-    hinted: int = 5
-    order: int = 40
-    adversarial: int = 110
-    latencies: int = 12
-    fanouts: int = 6
-    loads: int = 15
+    hinted: int = 4
+    order: int = 30
+    adversarial: int = 104
+    latencies: int = 11
+    fanouts: int = 5
+    loads: int = 14
     heads: Sequence[int] = (1, 4, 16, 64)
     lengths: Sequence[int] = (20, 40, 80, 160, 320, 640)
-    each_length: int = 4
-    curve_cases: int = 7
+    each_length: int = 3
+    curve_cases: int = 5
 
 
 QUICK = Sizes(

@@ -198,8 +198,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--limit-kl",
         type=float,
-        default=0.005,
-        help="nats that the mean KL divergence of first tokens shall stay below (default: 0.005)",
+        default=0.007,
+        help="nats that the mean KL divergence of first tokens shall stay below (default: 0.007)",
     )
     result.add_argument(
         "--texts",

@@ -74,15 +74,22 @@ class Signatures:
     def bytes_per_slot(self) -> int:
         return self.rows.shape[1] * self.rows.element_size()
 
-    def similarity(self, slot: int, others: Sequence[int]) -> list[float | None]:
-        """The paper's sigma between one slot's context and others'.
+    def similarity(
+        self, slots: Sequence[int], others: Sequence[Sequence[int]]
+    ) -> list[float | None]:
+        """The paper's sigma between the contexts of some tokens and those of the same tokens
+        elsewhere, mean over the tokens.
+
+        Args:
+            slots: [tokens] KV slots.
+            others: [donors][tokens] KV slots.
 
         Returns:
-            Per element of ``others`` a number from -1 to 1, None where a signature is missing.
+            Per donor a number from -1 to 1, None where a signature is missing.
         """
-        rows = self.rows[[slot, *others]].float()
-        sigma = (rows[1:] @ rows[0]).tolist()
-        known = rows.any(1).tolist()
+        rows = self.rows[torch.tensor([slots, *others])].float()  # [1 + donors, tokens, dim]
+        sigma = (rows[1:] * rows[0]).sum(2).mean(1).tolist()
+        known = rows.any(2).all(1).tolist()
         return [s if known[0] and k else None for s, k in zip(sigma, known[1:])]
 
     def _record(

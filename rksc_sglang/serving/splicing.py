@@ -216,11 +216,14 @@ class Splicer:
         self, req: Req, state: SpliceState, step: Take, ready: int
     ) -> tuple[Run, int, float | None] | None:
         """The option whose donor's context is the most similar, None if none is enough."""
-        if len(state.private):
-            here = int(state.private[-1])
-        else:
-            here = int(self.cache.path_device_indices(req.last_node)[ready - 1])
-        donors = [int(run.slots[ready - 1 - run.start]) for run, _ in step.options]
+        # The whole head is compared: single tokens differ in how much their context shows.
+        head = self.planner.head
+        here = state.private[-head:].tolist()
+        if len(here) < head:
+            exact = self.cache.path_device_indices(req.last_node)
+            here = exact[ready - head : req.prefix_len].tolist() + here
+        ends = [ready - run.start for run, _ in step.options]
+        donors = [run.slots[e - head : e].tolist() for (run, _), e in zip(step.options, ends)]
         scored = [
             (run, stop, similarity)
             for (run, stop), similarity in zip(

@@ -47,7 +47,7 @@ def test_similarity_is_the_papers_weighted_cosine(model):
     base = torch.randn(LAYERS, 1, WIDTH)
     updates = torch.cat([base + noise * torch.randn_like(base) for noise in (0, 0.2, 0.6, 3)], 1)
     streams = model(updates, [7, 20, 33, 60])
-    found = signatures.similarity(7, [7, 20, 33, 60])
+    found = signatures.similarity([7], [[7], [20], [33], [60]])
     weights = layer_weights(signatures.layers, LAYERS)
     for other, value in enumerate(found):
         cosines = torch.cosine_similarity(streams[:, 0], streams[:, other], dim=1)
@@ -59,8 +59,8 @@ def test_similarity_is_the_papers_weighted_cosine(model):
 def test_what_was_not_recorded_is_unknown(model):
     signatures = Signatures(model, WIDTH, 100, "cpu")
     model(torch.randn(LAYERS, 2, WIDTH), [1, 2])
-    assert signatures.similarity(1, [2, 3])[1] is None
-    assert signatures.similarity(3, [1, 2]) == [None, None]
+    assert signatures.similarity([1], [[2], [3]])[1] is None
+    assert signatures.similarity([3], [[1], [2]]) == [None, None]
 
 
 def test_a_slot_that_is_used_again_gets_a_new_signature(model):
@@ -98,3 +98,13 @@ def test_a_model_that_does_not_show_its_stream_is_refused():
         Signatures(Model(Closed), WIDTH, 100, "cpu")
     with pytest.raises(UnsupportedModel, match="no list of decoder layers"):
         Signatures(nn.Linear(2, 2), WIDTH, 100, "cpu")
+
+
+def test_the_similarity_of_several_tokens_is_their_mean(model):
+    torch.manual_seed(1)
+    signatures = Signatures(model, WIDTH, 100, "cpu")
+    model(torch.randn(LAYERS, 4, WIDTH), [1, 2, 3, 4])
+    (first,) = signatures.similarity([1], [[3]])
+    (second,) = signatures.similarity([2], [[4]])
+    assert signatures.similarity([1, 2], [[3, 4]]) == pytest.approx([(first + second) / 2])
+    assert signatures.similarity([1, 2], [[3, 50]]) == [None]

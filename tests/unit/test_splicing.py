@@ -38,7 +38,7 @@ class Scheduler:
         self.cache.on_error = self.fail
         self.counts = []
         signatures = SimpleNamespace(
-            similarity=lambda slot, others: [self.similarity.get(o, 1.0) for o in others]
+            similarity=lambda own, others: [self.similarity.get(o[-1], 1.0) for o in others]
         )
         planner = Planner(head, tail, min_tokens, page_size)
         self.splicer = Splicer(
