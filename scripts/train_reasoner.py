@@ -226,8 +226,8 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=192, help="a multiple of 64, the width of a head")
     add("--vocab-size", type=int, default=1024)
     add("--learning-rate", type=float, default=4e-3)
-    add("--attempts-every", type=float, default=2e6, help="tokens between samplings of attempts")
-    add("--attempts", type=int, default=1500, help="problems sampled each time")
+    add("--attempts-every", type=float, default=6e6, help="tokens between samplings of attempts")
+    add("--attempts", type=int, default=800, help="problems sampled each time")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        attempts, step, sampled = state["attempts"], state["step"], state["sampled"]
+        attempts.texts, step, sampled = state["attempts"], state["step"], state["sampled"]
     total = int(args.tokens // args.batch_tokens)
     began = saved_at = time.monotonic()
     curve = (args.out / "loss.jsonl").open("a")
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
             {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "attempts": attempts,
+                "attempts": attempts.texts,
                 "step": step,
                 "sampled": sampled,
             },

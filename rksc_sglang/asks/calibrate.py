@@ -4,8 +4,8 @@ Starts a server that splices without a gate, and compares splices with full reco
 against persona in front of the same text, the text in another order, one word of it changed. The
 profile's tau is the smallest at which the mean KL divergence of the first tokens stays below the
 limit with 95 % confidence, tested from the most similar pairs downwards (fixed-sequence testing, as
-in Learn-then-Test, arXiv 2110.01052). Its margin is what 19 of 20 of them move the lead of the first
-token by, or less.
+in Learn-then-Test, arXiv 2110.01052). Its margin is what 19 of 20 of them move the lead of the
+first token by, or less.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rksc_sglang.config import RkscConfig
 
 PAPER_TAU = 0.80
 #: Without a profile: where SmolLM2's splices begin to be good, and the paper's value is below.
-DEFAULT_TAU = 0.98
+DEFAULT_TAU = 0.95
 #: Without a profile, nats: what 19 of 20 splices of SmolLM2 move a lead by, or less.
 DEFAULT_MARGIN = 0.2
 

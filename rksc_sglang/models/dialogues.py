@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from rksc_sglang.models.problems import Problem, Work, check, extract_answer
+from rksc_sglang.models.problems import Problem, Work, check, extract_answer, follow_up
 
 YES, NO = "YES", "NO"
 START, END = "<|im_start|>", "<|im_end|>"
@@ -146,12 +146,16 @@ def _opening(rng: random.Random, system: Callable[[random.Random], str]) -> Dial
 
 
 def _solve(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
-    user = user_prompt(problem, rng)
-    return [
+    turns = [
         *_opening(rng, system_prompt),
-        Turn("user", user),
+        Turn("user", user_prompt(problem, rng)),
         Turn("assistant", problem.solution, True),
     ]
+    for _ in range(rng.randint(0, 3)):
+        more = follow_up(problem, rng)
+        if more is not None:
+            turns += [Turn("user", more.question), Turn("assistant", more.solution, True)]
+    return turns
 
 
 def _debate(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:

@@ -296,12 +296,24 @@ def _draw_facts(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     }
     lines = list(sheet.values())
     rng.shuffle(lines)
-    kind, person = rng.choice(list(_ASK)), rng.randrange(people)
-    hops = 1 if difficulty == 1 else 2
-    who = names[person] if hops == 1 else f"the {columns['job'][person]}"
-    question = f"Facts:\n{' '.join(lines)}\n{_ASK[kind].format(who=who)}"
     rows = tuple(zip(names, *columns.values()))
-    return question, (rows, kind, person, hops)
+    ask, data = _ask_facts(rows, rng, hops=1 if difficulty == 1 else 2)
+    return f"Facts:\n{' '.join(lines)}\n{ask}", data
+
+
+def _ask_facts(rows: Sequence[Sequence[str]], rng: random.Random, hops: int) -> tuple[str, Any]:
+    kind, person = rng.choice(list(_ASK)), rng.randrange(len(rows))
+    name, job = rows[person][0], rows[person][2]
+    who = name if hops == 1 else f"the {job}"
+    return _ASK[kind].format(who=who), (rows, kind, person, hops)
+
+
+def follow_up(problem: Problem, rng: random.Random) -> Problem | None:
+    """Another question about the same fact sheet, without the sheet; None in other families."""
+    if problem.family != "facts":
+        return None
+    question, data = _ask_facts(problem.data[0], rng, problem.data[3])
+    return Problem("facts", problem.difficulty, question, data, _work_facts(data, None))
 
 
 def _work_facts(

@@ -59,6 +59,17 @@ def test_runs_begin_at_start_or_later() -> None:
     assert index.find("a", words("abcdefgh"), start=8) == []
 
 
+def test_the_path_to_a_slot_is_the_text_that_is_cached_there() -> None:
+    index = ContentIndex(100, window=2)
+    index.insert("a", words("abcdef"), [10, 11, 12, 13, 14, 15], 0)
+    index.insert("a", words("abcxyz"), [10, 11, 12, 20, 21, 22], 3)
+    assert index.path(12).tolist() == words("abc")
+    assert index.path(21).tolist() == words("abcxy")
+    # On to a whole number of pages, along the insertion that the slot came with.
+    assert index.path(13, multiple=3).tolist() == words("abcdef")
+    assert index.path(15, multiple=4).tolist() == words("abcdef")
+
+
 def test_namespaces_share_nothing() -> None:
     index = ContentIndex(100, window=2)
     # The two namespaces have the same hash in CPython.

@@ -137,7 +137,7 @@ def pids_in(log: Path) -> list[int]:
 def is_running(pid: int) -> bool:
     """Whether it runs; the dead that nobody has waited for do not count."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return done.stdout.strip() not in ("", "Z", "Zs")
+    return not done.stdout.strip().startswith("Z") and bool(done.stdout.strip())
 
 
 def wait_gone(pids: list[int]) -> None:

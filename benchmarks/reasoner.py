@@ -1,0 +1,282 @@
+"""The reasoner on problems it has never seen: accuracy, votes, verdicts, confidence, speed.
+
+Through a server, on the test split: each problem is answered greedily and by eight samples at
+temperature 0.8; each sample is judged behind its own conversation, by the log-odds of YES over NO.
+The verdict's AUC is within problems, right samples against wrong ones of the same problem, so that
+telling easy problems from hard ones earns nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import harness
+from benchmarks.harness import BenchmarkError, Row
+from benchmarks.statistics import RESAMPLES
+from rksc_sglang.models.dialogues import END, NO, START, YES, Turn
+from rksc_sglang.models.problems import Problem, extract_answer, problems
+from rksc_sglang.server_process import ServerProcess
+
+SAMPLES = 8
+TEMPERATURE = 0.8
+CONCURRENT = 32
+MAX_TOKENS = 160
+QUESTION = "Is the answer above correct? Reply with YES or NO."
+
+
+class Client:
+    """Asks one server; ``labels`` are the token ids of YES and NO."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.labels = [self._label(text) for text in (YES, NO)]
+
+    def _post(self, route: str, body: Mapping[str, Any]) -> Any:
+        try:
+            answer = requests.post(self.url + route, json=body, timeout=600)
+            answer.raise_for_status()
+            return answer.json()
+        except (requests.RequestException, ValueError) as error:
+            raise BenchmarkError(f"{self.url}: {error!r}") from error
+
+    def _label(self, text: str) -> int:
+        tokens = self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        if len(tokens) != 1:
+            raise BenchmarkError(f"the verdict {text!r} is not a single token of this model")
+        return tokens[0]
+
+    def solve(self, prompt: str, count: int, temperature: float) -> list[dict[str, Any]]:
+        """Solutions, each with the mean probability of its tokens' most probable alternative."""
+        params = {
+            "max_new_tokens": MAX_TOKENS,
+            "temperature": temperature,
+            "n": count,
+            "stop": [END],
+        }
+        body = {
+            "text": prompt,
+            "sampling_params": params,
+            "return_logprob": True,
+            "top_logprobs_num": 1,
+        }
+        answers = self._post("/generate", body)
+        answers = answers if isinstance(answers, list) else [answers]
+        return [
+            {
+                "text": answer["text"],
+                "tokens": answer["meta_info"]["completion_tokens"],
+                "confidence": float(
+                    np.mean(
+                        [
+                            math.exp(token[0][0])
+                            for token in answer["meta_info"]["output_top_logprobs"]
+                        ]
+                    )
+                ),
+            }
+            for answer in answers
+        ]
+
+    def judge(self, text: str) -> float:
+        """Log-odds of YES over NO as the next token."""
+        body = {
+            "text": text,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "token_ids_logprob": self.labels,
+        }
+        meta = self._post("/generate", body)["meta_info"]
+        found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
+        return found[self.labels[0]] - found[self.labels[1]]
+
+
+def ask(client: Client, problem: Problem) -> Row:
+    """All measurements on one problem."""
+    prompt = f"{Turn('user', problem.question)}{START}assistant\n"
+    greedy = client.solve(prompt, 1, 0.0)[0]
+    samples = client.solve(prompt, SAMPLES, TEMPERATURE)
+    for sample in (greedy, *samples):
+        sample["answer"] = extract_answer(sample["text"])
+        sample["right"] = sample["answer"] == problem.answer
+    for sample in samples:
+        follow = f"{sample['text']}{END}\n{Turn('user', QUESTION)}{START}assistant\n"
+        sample["log_odds"] = client.judge(prompt + follow)
+    return {
+        "workload": problem.family,
+        "condition": "reasoner",
+        "difficulty": problem.difficulty,
+        "question": problem.question,
+        "greedy": greedy,
+        "samples": samples,
+    }
+
+
+def majority(samples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the most frequent answer is right; the first one where two are as frequent."""
+    answers = [sample["answer"] for sample in samples if sample["answer"] is not None]
+    if not answers:
+        return False
+    (best, _), *_ = Counter(answers).most_common(1)
+    return next(sample["right"] for sample in samples if sample["answer"] == best)
+
+
+def best_by(samples: Sequence[Mapping[str, Any]], score: str) -> bool:
+    return bool(max(samples, key=lambda sample: sample[score])["right"])
+
+
+def within_auc(rows: Sequence[Row], score: str) -> float | None:
+    """Chance that a right sample scores higher than a wrong one of the same problem."""
+    wins: list[float] = []
+    for row in rows:
+        right = [s[score] for s in row["samples"] if s["right"]]
+        wrong = [s[score] for s in row["samples"] if not s["right"]]
+        wins += [(r > w) + 0.5 * (r == w) for r in right for w in wrong]
+    return float(np.mean(wins)) if wins else None
+
+
+def calibration_error(rows: Sequence[Row], bins: int = 10) -> float:
+    """Expected calibration error of the verdict's probability of YES."""
+    samples = [sample for row in rows for sample in row["samples"]]
+    probability = np.array([1 / (1 + math.exp(-s["log_odds"])) for s in samples])
+    right = np.array([s["right"] for s in samples], dtype=float)
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    return float(
+        sum(
+            (place == b).mean() * abs(probability[place == b].mean() - right[place == b].mean())
+            for b in range(bins)
+            if (place == b).any()
+        )
+    )
+
+
+def _share(rows: Sequence[Row], outcome: Callable[[Row], Any]) -> float:
+    return float(np.mean([bool(outcome(row)) for row in rows]))
+
+
+def _gain(
+    rows: Sequence[Row], a: Callable[[Row], Any], b: Callable[[Row], Any]
+) -> dict[str, float]:
+    """Mean of ``a - b`` over problems, with its 95 % bootstrap interval."""
+    differences = np.array([float(bool(a(row))) - float(bool(b(row))) for row in rows])
+    picks = np.random.default_rng(0).integers(0, len(rows), (RESAMPLES, len(rows)))
+    means = differences[picks].mean(1)
+    return {
+        "value": float(differences.mean()),
+        "low": float(np.quantile(means, 0.025)),
+        "high": float(np.quantile(means, 0.975)),
+    }
+
+
+def _accuracies(rows: Sequence[Row]) -> dict[str, Any]:
+    return {
+        "problems": len(rows),
+        "greedy": _share(rows, lambda row: row["greedy"]["right"]),
+        "majority8": _share(rows, lambda row: majority(row["samples"])),
+        "best_of_8": _share(rows, lambda row: best_by(row["samples"], "log_odds")),
+        "oracle8": _share(rows, lambda row: any(s["right"] for s in row["samples"])),
+        "verdict_auc": within_auc(rows, "log_odds"),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    speed = [row for row in rows if row["workload"] == "speed"]
+    rows = [row for row in rows if row["workload"] != "speed"]
+    by_family: dict[str, list[Row]] = defaultdict(list)
+    by_difficulty: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_family[row["workload"]].append(row)
+        by_difficulty[str(row["difficulty"])].append(row)
+    verdicts = [sample["log_odds"] > 0 for row in rows for sample in row["samples"]]
+    accuracies = _accuracies(rows)
+    gains = {
+        "majority8": _gain(
+            rows, lambda row: majority(row["samples"]), lambda row: row["greedy"]["right"]
+        ),
+        "best_of_8": _gain(
+            rows,
+            lambda row: best_by(row["samples"], "log_odds"),
+            lambda row: majority(row["samples"]),
+        ),
+    }
+    return {
+        "greedy_accuracy": accuracies["greedy"],
+        "majority8_gain": gains["majority8"]["value"],
+        "best_of_8_gain": gains["best_of_8"]["value"],
+        "oracle8": accuracies["oracle8"],
+        "verdict_auc": accuracies["verdict_auc"],
+        "confidence_auc": within_auc(rows, "confidence"),
+        "calibration_error": calibration_error(rows),
+        "yes_share": float(np.mean(verdicts)),
+        "no_share": 1 - float(np.mean(verdicts)),
+        "fact_sheet_accuracy": _accuracies(by_family["facts"])["greedy"],
+        "tokens_per_s": float(np.median([row["tokens_per_s"] for row in speed])),
+        "gains": gains,
+        "families": {family: _accuracies(some) for family, some in by_family.items()},
+        "difficulties": {level: _accuracies(some) for level, some in by_difficulty.items()},
+    }
+
+
+def measure_speed(client: Client, drawn: Sequence[Problem]) -> Row:
+    """Generated tokens a second with ``CONCURRENT`` greedy requests under way."""
+    prompts = [f"{Turn('user', p.question)}{START}assistant\n" for p in drawn]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        answers = list(pool.map(lambda prompt: client.solve(prompt, 1, 0.0)[0], prompts))
+    seconds = time.perf_counter() - start
+    tokens = sum(answer["tokens"] for answer in answers)
+    return {"workload": "speed", "condition": "reasoner", "tokens_per_s": tokens / seconds}
+
+
+def measure(url: str, count: int, seed: int) -> Iterator[Row]:
+    client = Client(url)
+    stream = problems("test", seed)
+    for _ in range(3):
+        yield measure_speed(client, list(itertools.islice(stream, 4 * CONCURRENT)))
+    drawn = list(itertools.islice(stream, count))
+    with ThreadPoolExecutor(CONCURRENT // SAMPLES) as pool:
+        answered = pool.map(lambda problem: ask(client, problem), drawn)
+        yield from track(answered, "asking", total=count, console=Console(stderr=True))
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
+    args = parser.parse_args()
+    flags = ["--model-path", args.model_path, "--dtype", "float32", "--rksc-mode", "off"]
+    flags += ["--max-total-tokens", "65536"]
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        ServerProcess(flags, log=Path(logs) / "server.log") as server,
+    ):
+        server.wait_ready()
+        rows = list(measure(server.url, 120 if args.quick else 1200, args.seed))
+    packages = ("rksc-sglang", "sglang", "torch", "transformers", "reasoning-gym")
+    harness.report(
+        {
+            "benchmark": "benchmarks.reasoner",
+            "machine": harness.machine(),
+            "versions": {package: version(package) for package in packages},
+            "config": {"argv": sys.argv[1:], "quick": args.quick, "seed": args.seed},
+            "rows": rows,
+        },
+        args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

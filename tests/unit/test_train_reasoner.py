@@ -1,0 +1,69 @@
+"""The training script, end to end at toy size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["--layers", "2", "--width", "64", "--vocab-size", "512", "--batch-tokens", "1024"]
+
+
+def train(folder, *flags):
+    command = [sys.executable, str(ROOT / "scripts/train_reasoner.py"), "--out", str(folder)]
+    result = subprocess.run(
+        [*command, *FLAGS, "--device", "cpu", *flags], capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reasoner")
+    train(folder, "--tokens", "60000", "--attempts-every", "30000", "--attempts", "4")
+    return folder
+
+
+def curve(folder):
+    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(trained):
+    losses = [point["loss"] for point in curve(trained) if "loss" in point]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_it_samples_its_own_attempts(trained):
+    (sampled, *_) = [point for point in curve(trained) if "right" in point]
+    assert set(sampled["greedy"]) == {"chain", "legs", "filter", "order", "facts"}
+    attempts = torch.load(trained / "checkpoint.pt", weights_only=False)["attempts"]
+    assert len(attempts) >= 4
+    assert all(len(texts) == 4 for _, texts in attempts.values())
+
+
+def test_the_model_is_one_for_transformers(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    model = AutoModelForCausalLM.from_pretrained(trained / "model")
+    assert model.config.max_position_embeddings >= 2048
+    messages = [{"role": "user", "content": "State the answer: 12 + 3 ="}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt.endswith("<|im_start|>assistant\n")
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    assert tokenizer.decode(ids) == prompt
+    digits = tokenizer.tokenize("12 + 345")
+    assert [token for token in digits if token.isdigit()] == list("12345")
+    for label in ("YES", "NO"):
+        assert len(tokenizer.encode(label, add_special_tokens=False)) == 1
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    train(tmp_path, "--tokens", "40000", "--minutes", "0.0001")
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    assert first["step"] == 1
+    train(tmp_path, "--tokens", "40000")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"] == 39
