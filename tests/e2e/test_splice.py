@@ -313,13 +313,13 @@ def test_a_corrupted_splice_is_noticed_and_ended(tiny_model, logs):
         assert "guard" in info(answer)["fallback"]
 
 
-def test_near_ties_are_computed_again_exactly(tiny_model, logs):
-    flags = ["--model-path", str(tiny_model), "--rksc-mode", "balanced", "--rksc-tau", "0.01"]
-    flags += ["--rksc-margin", "50", "--max-total-tokens", "8192", "--dtype", "float32"]
+def test_near_ties_are_computed_again_exactly(smollm2, logs):
+    # Not the tiny model: whether a splice pays there is decided by the noise of its measurement.
+    flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-margin", "50"]
+    flags += ["--rksc-guard-share", "0", "--max-total-tokens", "8192", "--dtype", "float32"]
     with ServerProcess(flags, log=logs / "doubt.log") as server:
         server.wait_ready()
-        # Long, so that it pays on so small a model, and behind contexts that are close to it.
-        text = " ".join([DOCUMENT] * 8)
+        text = " ".join([DOCUMENT] * 3)
         prompts = [chat(SYSTEMS[0], f"This is copy {number}. {text}") for number in range(5)]
         ask(server.url, prompts[0], "similar", "a")
         with ThreadPoolExecutor(3) as pool:
