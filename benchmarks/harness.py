@@ -168,22 +168,9 @@ def run(
                 rng,
                 progress,
             )
-    return report(
-        {
-            "benchmark": module,
-            "machine": machine(),
-            "versions": {p: version(p) for p in ("rksc-sglang", "sglang", "torch", "transformers")},
-            "config": {
-                "argv": sys.argv[1:],
-                "quick": args.quick,
-                "seed": args.seed,
-                "repeats": repeats,
-                "conditions": {c.name: list(c.flags) for c in conditions},
-            },
-            "rows": rows,
-        },
-        args.json,
-    )
+    flags = {c.name: list(c.flags) for c in conditions}
+    result = make_result(module, args, rows, repeats=repeats, conditions=flags)
+    return report(result, args.json)
 
 
 def _measure(
@@ -221,6 +208,24 @@ def _measure(
                             "position": number,
                             **measured,
                         }
+
+
+def make_result(
+    module: str,
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    more_packages: Sequence[str] = (),
+    **config: Any,
+) -> dict[str, Any]:
+    """A result without its summary: where, with what, and how the rows were measured."""
+    packages = ("rksc-sglang", "sglang", "torch", "transformers", *more_packages)
+    return {
+        "benchmark": module,
+        "machine": machine(),
+        "versions": {package: version(package) for package in packages},
+        "config": {"argv": sys.argv[1:], "quick": args.quick, "seed": args.seed, **config},
+        "rows": rows,
+    }
 
 
 def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from rich.progress import track
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
-from benchmarks.statistics import RESAMPLES
-from rksc_sglang.models.dialogues import END, NO, START, YES, Turn
-from rksc_sglang.models.problems import Problem, extract_answer, problems
+from benchmarks.statistics import mean_interval
+from rksc_sglang.models.dialogues import END, NO, YES, Turn, prompt_of
+from rksc_sglang.models.problems import Problem, check, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
 SAMPLES = 8
@@ -107,15 +105,16 @@ class Client:
 
 def ask(client: Client, problem: Problem) -> Row:
     """All measurements on one problem."""
-    prompt = f"{Turn('user', problem.question)}{START}assistant\n"
+    asked = [Turn("user", problem.question)]
+    prompt = prompt_of(asked)
     greedy = client.solve(prompt, 1, 0.0)[0]
     samples = client.solve(prompt, SAMPLES, TEMPERATURE)
     for sample in (greedy, *samples):
         sample["answer"] = extract_answer(sample["text"])
-        sample["right"] = sample["answer"] == problem.answer
+        sample["right"] = check(problem, sample["text"])
     for sample in samples:
-        follow = f"{sample['text']}{END}\n{Turn('user', QUESTION)}{START}assistant\n"
-        sample["log_odds"] = client.judge(prompt + follow)
+        judged = [*asked, Turn("assistant", sample["text"]), Turn("user", QUESTION)]
+        sample["log_odds"] = client.judge(prompt_of(judged))
     return {
         "workload": problem.family,
         "condition": "reasoner",
@@ -171,15 +170,9 @@ def _share(rows: Sequence[Row], outcome: Callable[[Row], Any]) -> float:
 def _gain(
     rows: Sequence[Row], a: Callable[[Row], Any], b: Callable[[Row], Any]
 ) -> dict[str, float]:
-    """Mean of ``a - b`` over problems, with its 95 % bootstrap interval."""
-    differences = np.array([float(bool(a(row))) - float(bool(b(row))) for row in rows])
-    picks = np.random.default_rng(0).integers(0, len(rows), (RESAMPLES, len(rows)))
-    means = differences[picks].mean(1)
-    return {
-        "value": float(differences.mean()),
-        "low": float(np.quantile(means, 0.025)),
-        "high": float(np.quantile(means, 0.975)),
-    }
+    """Mean of ``a - b`` over problems, with its interval."""
+    gain = mean_interval([float(bool(a(row))) - float(bool(b(row))) for row in rows])
+    return {"value": gain.pop("mean"), **gain}
 
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, Any]:
@@ -233,7 +226,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 def measure_speed(client: Client, drawn: Sequence[Problem]) -> Row:
     """Generated tokens a second with ``CONCURRENT`` greedy requests under way."""
-    prompts = [f"{Turn('user', p.question)}{START}assistant\n" for p in drawn]
+    prompts = [prompt_of([Turn("user", problem.question)]) for problem in drawn]
     start = time.perf_counter()
     with ThreadPoolExecutor(CONCURRENT) as pool:
         answers = list(pool.map(lambda prompt: client.solve(prompt, 1, 0.0)[0], prompts))
@@ -265,17 +258,8 @@ def main() -> None:
     ):
         server.wait_ready()
         rows = list(measure(server.url, 120 if args.quick else 1200, args.seed))
-    packages = ("rksc-sglang", "sglang", "torch", "transformers", "reasoning-gym")
-    harness.report(
-        {
-            "benchmark": "benchmarks.reasoner",
-            "machine": harness.machine(),
-            "versions": {package: version(package) for package in packages},
-            "config": {"argv": sys.argv[1:], "quick": args.quick, "seed": args.seed},
-            "rows": rows,
-        },
-        args.json,
-    )
+    result = harness.make_result("benchmarks.reasoner", args, rows, ["reasoning-gym"])
+    harness.report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.splice_cases import ADVERSARIAL, HINT, LENGTH, ORDER, PERSONA, VERIFIER
-from benchmarks.statistics import RESAMPLES, paired_ratio
+from benchmarks.statistics import mean_interval, paired_ratio
 from rksc_sglang.contract import DOUBTED
 
 FAMILIES = (PERSONA, VERIFIER, HINT, ORDER, ADVERSARIAL)
@@ -154,18 +154,6 @@ def wilson(outcomes: Sequence[bool]) -> dict[str, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return {"share": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
-
-
-def mean_interval(values: Sequence[float]) -> dict[str, float]:
-    """A mean and its 95 % bootstrap interval."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(0, array.size, size=(RESAMPLES, array.size))
-    means = array[picks].mean(axis=1)
-    return {
-        "mean": float(array.mean()),
-        "low": float(np.quantile(means, 0.025)),
-        "high": float(np.quantile(means, 0.975)),
-    }
 
 
 def family_summary(measured: Sequence[Row]) -> dict[str, Any]:
@@ -308,7 +296,8 @@ def head_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if of_curve and "kl" in row and row["kl_info"]["spliced_tokens"]:
             key = (row["workload"], row["position"])
             taken.setdefault(row["setting"]["head"], {})[key] = row
-    common = set.intersection(*map(set, taken.values())) if len(taken) > 1 else set()
+    # In order: the last bit of a mean depends on it.
+    common = sorted(set.intersection(*map(set, taken.values()))) if len(taken) > 1 else []
     return [
         {
             "head": head,

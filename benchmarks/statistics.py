@@ -1,4 +1,4 @@
-"""Paired statistics: ratios of medians over pairs, with a bootstrap interval."""
+"""Ratios of medians over pairs, and means, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ def geometric_mean_ratio(groups: Sequence[Sequence[float]], seed: int = 0) -> di
         logs += np.log(np.median(array[picks], axis=1))
     center = float(np.exp(np.mean([np.log(np.median(array)) for array in arrays])))
     return {"ratio": center, **_interval(np.exp(logs / len(arrays)))}
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """A mean and its 95 % bootstrap interval."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, array.size, size=(RESAMPLES, array.size))
+    means = array[picks].mean(axis=1)
+    return {"mean": float(array.mean()), **_interval(means)}
 
 
 def _interval(resampled: np.ndarray) -> dict[str, float]:

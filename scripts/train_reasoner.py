@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue
+from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue, prompt_of
 from rksc_sglang.models.problems import Problem, check, problems
 
 #: Of each sequence; the second is what long prompts need, at most an eighth of the batches.
@@ -96,9 +96,6 @@ class Attempts:
     def __call__(self, problem: Problem) -> Sequence[str]:
         return self.texts.get(problem.question, (problem, []))[1]
 
-    def draw(self, rng: random.Random) -> Problem | None:
-        return rng.choice(list(self.texts.values()))[0] if self.texts else None
-
 
 def batch_of(
     tokenizer: PreTrainedTokenizerFast, attempts: Attempts, seed: int, step: int, tokens: int
@@ -148,8 +145,8 @@ def sample(
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def prompt_of(problem: Problem) -> str:
-    return f"{Turn('user', problem.question)}{START}assistant\n"
+def ask(problem: Problem) -> str:
+    return prompt_of([Turn("user", problem.question)])
 
 
 def gather_attempts(
@@ -167,8 +164,7 @@ def gather_attempts(
     for start in range(0, count, 64):
         some = drawn[start : start + 64]
         texts = [
-            sample(model, tokenizer, [prompt_of(p) for p in some], temperature=0.9)
-            for _ in range(each)
+            sample(model, tokenizer, [ask(p) for p in some], temperature=0.9) for _ in range(each)
         ]
         for problem, own in zip(some, zip(*texts)):
             attempts.add(problem, list(own))
@@ -188,7 +184,7 @@ def greedy_accuracy(
     for start in range(0, count, 75):
         some = drawn[start : start + 75]
         for problem, text in zip(
-            some, sample(model, tokenizer, [prompt_of(p) for p in some], temperature=0)
+            some, sample(model, tokenizer, [ask(p) for p in some], temperature=0)
         ):
             right.setdefault(problem.family, []).append(check(problem, text))
     model.train()
@@ -306,9 +302,9 @@ def run(args: argparse.Namespace) -> None:
                 accuracy = greedy_accuracy(model, tokenizer, 150)
                 write_down(right=right, greedy=accuracy)
                 model.save_pretrained(folder)
-            for optimizer, base in zip(optimizers, itertools.repeat(args.learning_rate)):
+            for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = base * learning_rate(step / total)
+                    group["lr"] = args.learning_rate * learning_rate(step / total)
             ids, labels = (
                 x.to(args.device)
                 for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)

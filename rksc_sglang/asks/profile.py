@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,12 @@ def thresholds(config: RkscConfig, model_path: Path) -> Thresholds:
         ProfileError: ``config.profile`` is no profile, or that of another model.
     """
     tau, margin, source = _calibrated(config, model_path)
-    by_flag = config.tau is not None, config.margin is not None
-    return Thresholds(
-        tau if config.tau is None else config.tau,
-        margin if config.margin is None else config.margin,
-        *(f"--rksc-{name}" if on else source for name, on in zip(("tau", "margin"), by_flag)),
-    )
+    found = Thresholds(tau, margin, source, source)
+    if config.tau is not None:
+        found = replace(found, tau=config.tau, tau_source="--rksc-tau")
+    if config.margin is not None:
+        found = replace(found, margin=config.margin, margin_source="--rksc-margin")
+    return found
 
 
 def _calibrated(config: RkscConfig, model_path: Path) -> tuple[float, float, str]:

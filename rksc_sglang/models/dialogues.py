@@ -34,6 +34,12 @@ class Turn(NamedTuple):
 
 Dialogue = list[Turn]
 
+
+def prompt_of(dialogue: Sequence[Turn]) -> str:
+    """The text of a conversation, up to where the assistant is to speak."""
+    return f"{''.join(map(str, dialogue))}{START}assistant\n"
+
+
 _WHO = (
     "You are a helpful assistant.",
     "You are a careful mathematician.",
@@ -119,7 +125,7 @@ def quote(problem: Problem, candidate: str) -> str:
 def thought_verdict(problem: Problem, candidate: str) -> str:
     """How a verifier that thinks answers: it solves the problem, compares, and decides."""
     proposed = extract_answer(candidate)
-    verdict = YES if proposed == problem.answer else NO
+    verdict = _verdict(problem, candidate).text
     return f"{problem.solution}\nProposed: {proposed}\nVerdict: {verdict}"
 
 

@@ -39,13 +39,13 @@ class RequestState:
         fallback: str | None,
         num_layers: int,
         splice: SpliceState | None,
-        received: TokenizedGenerateReqInput,
+        received: TokenizedGenerateReqInput | None,
     ) -> None:
         self.contract = contract
         self.fallback = fallback
         self.num_layers = num_layers
         self.splice = splice
-        self.received = received  # what it is made from again, should its answer be discarded
+        self.received = received  # of a splice: what it is made from again if it is discarded
         self.held = False
 
     def response_info(self, req: Req) -> dict[str, Any]:
@@ -201,12 +201,13 @@ class RkscScheduler(stock.Scheduler):
         # The tokenizer process has refused malformed contracts already.
         contract = contract_of({"custom_params": req.sampling_params.custom_params})
         fallback = fallback_reason(contract, self.rksc_features) if contract else None
+        splice = self._splice_state(req, contract)
         req.rksc = RequestState(
             contract,
             fallback,
             self.model_config.num_hidden_layers,
-            self._splice_state(req, contract),
-            recv_req,
+            splice,
+            recv_req if splice is not None else None,
         )
         if req.rid not in self.rksc_in_doubt:  # it has been counted before
             self.rksc_counters.add("requests", contract is not None)

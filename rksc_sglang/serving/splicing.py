@@ -339,10 +339,9 @@ class Splicer:
     def _donor_is_coming(self, req: Req, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor for this one."""
         length = self.planner.min_tokens + self.planner.head
-        own = self._windows_of(req)
         return any(
             namespace_of(leader) == namespace_of(req)
-            and own.shares(self._windows_of(leader), length, req.prefix_len)
+            and self._windows_of(req).shares(self._windows_of(leader), length, req.prefix_len)
             for leader in leaders
         )
 

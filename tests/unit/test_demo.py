@@ -137,7 +137,8 @@ def pids_in(log: Path) -> list[int]:
 def is_running(pid: int) -> bool:
     """Whether it runs; the dead that nobody has waited for do not count."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return not done.stdout.strip().startswith("Z") and bool(done.stdout.strip())
+    stat = done.stdout.strip()
+    return stat != "" and not stat.startswith("Z")
 
 
 def wait_gone(pids: list[int]) -> None:
