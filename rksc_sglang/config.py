@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rksc_sglang.models import EMBEDDED_MODELS
+
 MODES = ("off", "exact", "balanced", "paper")
-EMBEDDED_MODELS = ("smollm2",)
 
 #: Carries the configuration to SGLang's processes; absent means that RKSC was not asked for.
 ENV_VAR = "RKSC_CONFIG"

@@ -161,9 +161,9 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     if not has_accelerator():
         rest = with_defaults(rest, {**CPU_FLAGS, "--dtype": default_dtype()})
     if not any(arg.split("=")[0] in ("--model-path", "--model", "--config") for arg in rest):
-        from rksc_sglang.models.smollm2 import ensure_smollm2
+        from rksc_sglang.models import ensure_model
 
-        rest += ["--model-path", str(ensure_smollm2())]
+        rest += ["--model-path", str(ensure_model(config.model))]
         rest = with_defaults(rest, {"--served-model-name": config.model, **EMBEDDED_FLAGS})
 
     from sglang.srt.server_args import prepare_server_args

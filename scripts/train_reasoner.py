@@ -29,11 +29,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue, prompt_of
+from rksc_sglang.models.manifest import write_manifest
 from rksc_sglang.models.problems import Problem, check, problems
 
 #: Of each sequence; the second is what long prompts need, at most an eighth of the batches.
 ROW_LENGTHS = (512, 2048)
 LONG_EVERY = 8
+#: Of the dialogues, once there are attempts: about problems that the model has attempted.
+KNOWN_SHARE = 0.25
 IGNORED = -100
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -110,7 +113,8 @@ def batch_of(
         ids: list[int] = []
         labels: list[int] = []
         while len(ids) < length:
-            problem = rng.choice(known)[0] if known and rng.random() < 0.5 else next(fresh)
+            again = known and rng.random() < KNOWN_SHARE
+            problem = rng.choice(known)[0] if again else next(fresh)
             more, more_labels = encode(tokenizer, make_dialogue(problem, rng, attempts))
             ids += more
             labels += more_labels
@@ -330,6 +334,7 @@ def run(args: argparse.Namespace) -> None:
                 break
     checkpoint_now()
     model.save_pretrained(folder)
+    write_manifest(folder, {"trained_tokens": step * args.batch_tokens, "seed": args.seed})
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rksc_sglang.asks.profile import DEFAULT_TAU, SpliceProfile, fingerprint
-from rksc_sglang.config import EMBEDDED_MODELS
+from rksc_sglang.models import ensure_model
 from rksc_sglang.server_process import ServerFailedError, ServerProcess
 
 MIN_PAIRS = 20
@@ -259,13 +259,7 @@ def main() -> None:
             f"{args.limit_kl} nats for sure: measure more with --pairs, or allow more with "
             f"--limit-kl. Without a profile tau is {DEFAULT_TAU}"
         )
-    if args.model_path:
-        model = Path(args.model_path)
-    else:
-        from rksc_sglang.models.smollm2 import ensure_smollm2
-
-        assert EMBEDDED_MODELS == ("smollm2",)
-        model = ensure_smollm2()
+    model = Path(args.model_path) if args.model_path else ensure_model("smollm2")
     taken = [pair for pair in pairs if pair.similarity >= tau]
     margin = float(np.quantile([pair.lead_change for pair in taken], MARGIN_QUANTILE))
     evidence = {

