@@ -32,6 +32,10 @@ class CostModel:
         token = max((u - t) / (m - n), 0.0)
         return cls(max(t - n * token, 0.0), token, copy)
 
+    def prefill(self, tokens: int) -> float:
+        """Seconds of a prefill of ``tokens`` in one pass."""
+        return self.pass_seconds + tokens * self.token_seconds
+
     def saved(self, tokens: int, passes: int) -> float:
         """Seconds saved by taking over ``tokens`` at the price of ``passes`` more passes."""
         return tokens * (self.token_seconds - self.copy_seconds) - passes * self.pass_seconds

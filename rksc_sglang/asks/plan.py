@@ -80,6 +80,16 @@ class Planner(NamedTuple):
         least = options[0][1] - self.min_tokens
         return Take([option for option in options if option[1] > least])
 
+    def total(self, runs: Sequence[Run], ready: int, limit: int) -> tuple[int, int]:
+        """Tokens that could be taken over in all, and in how many pieces."""
+        tokens = pieces = 0
+        while (step := self.next_step(runs, ready, limit)) is not None:
+            if isinstance(step, Take):
+                step = Compute(ready, step.options[0][1] - ready)
+            ready = step.stop + step.gain
+            tokens, pieces = tokens + step.gain, pieces + 1
+        return tokens, pieces
+
     def again(self, step: Take, ready: int, refusals: int) -> int:
         """Where the gate may look again at a step that it has refused ``refusals`` times.
 

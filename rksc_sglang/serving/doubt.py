@@ -20,6 +20,9 @@ from rksc_sglang.serving.splicing import SpliceState
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+#: What is expected of a server's requests before any has been seen: doubts, of so many judged.
+PRIOR = (4, 20)
+
 
 class Doubt:
     """For one scheduler.
@@ -32,18 +35,23 @@ class Doubt:
     def __init__(self, margin: float, count: Callable[[str], None]) -> None:
         self.margin = margin
         self.count = count
+        self.doubts, self.judged = PRIOR
 
     def on_first_logits(self, req: Req, logits: torch.Tensor) -> None:
         """Note by how much the first token leads; it stays on the device."""
         splice = getattr(req.rksc, "splice", None)
-        if splice is not None and self._may_doubt(req, splice):
+        if splice is not None and splice.spliced_tokens > 0 and self._may_doubt(req, splice):
             first, second = logits.float().topk(2).values
             splice.lead = first - second
 
     def _may_doubt(self, req: Req, splice: SpliceState) -> bool:
         greedy = req.sampling_params.top_k == 1
         # Who asks for splices of any similarity wants to see them.
-        return greedy and self.margin > 0 and splice.spliced_tokens > 0 and splice.tau > 0
+        return greedy and self.margin > 0 and splice.tau > 0
+
+    def risk(self, req: Req, splice: SpliceState) -> float:
+        """Chance that the answer to a request is discarded if it is spliced."""
+        return self.doubts / self.judged if self._may_doubt(req, splice) else 0.0
 
     def is_close(self, splice: SpliceState) -> bool:
         return splice.lead is not None and float(splice.lead) < self.margin
@@ -56,6 +64,7 @@ class Doubt:
             if splice is None or splice.lead is None:
                 continue
             close, splice.lead = self.is_close(splice), None
+            self.doubts, self.judged = self.doubts + close, self.judged + 1
             if close and not req.finished() and req.to_finish is None and not req.is_retracted:
                 req.discard_output_reason = FINISH_ABORT(DOUBTED)
                 splice.doubted = True

@@ -175,7 +175,7 @@ class RkscScheduler(stock.Scheduler):
         longest = min(self.max_req_input_len - 1, self.max_total_num_tokens // 4)
         self.rksc_probe = CostProbe(vocab_size, longest, submit, fit_cost)
         self.rksc_doubt, self.rksc_guard = doubt, guard
-        splicer.guard = guard
+        splicer.guard, splicer.doubt = guard, doubt
 
     def _count_error(self, where: str) -> None:
         self.rksc_counters.add("errors")

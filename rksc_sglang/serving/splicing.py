@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rksc_sglang.asks.cost import CostModel
     from rksc_sglang.asks.profile import Thresholds
     from rksc_sglang.asks.signature import Signatures
+    from rksc_sglang.serving.doubt import Doubt
     from rksc_sglang.serving.guard import Guard
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ class Splicer:
         self.copy_seconds = 0.0  # to take over the KV of one token
         self.guard: Guard | None = None
         self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
+        self.doubt: Doubt | None = None
 
     def prepare(self, req: Req, leaders: Iterable[Req]) -> Req | AddReqResult | None:
         """Called when the adder looks at a request that SGLang has just matched.
@@ -209,8 +211,20 @@ class Splicer:
             self.planner.search_from(ready),
             min_length=self.planner.min_tokens,
         )
+        limit = len(tokens)
+        if runs and not state.stages and not self._pays(req, state, runs, ready, limit):
+            runs = []
         state.nothing_at = None if runs else place
         return runs
+
+    def _pays(self, req: Req, state: SpliceState, runs: list[Run], ready: int, limit: int) -> bool:
+        """Whether what could be taken over is worth that the answer may be discarded for it."""
+        risk = self.doubt.risk(req, state) if self.doubt is not None else 0.0
+        tokens, pieces = self.planner.total(runs, ready, limit)
+        uncached = len(req.full_untruncated_fill_ids) - ready
+        if self.cost is None:
+            return tokens > risk * uncached
+        return self.cost.saved(tokens, pieces) > risk * self.cost.prefill(uncached)
 
     def _gate(
         self, req: Req, state: SpliceState, step: Take, ready: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def sglang_runtime(tiny_model: Path) -> None:
+def sglang_runtime(tiny_model: Path) -> Any:
     """Publish a server configuration, as SGLang's scheduler process does."""
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import ServerArgs
@@ -25,6 +25,54 @@ def sglang_runtime(tiny_model: Path) -> None:
     )
     args.resolve_once()
     publish(args, role="scheduler")
+    return args
+
+
+@pytest.fixture(scope="module")
+def model_runner(
+    sglang_runtime: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """SGLang's model runner of a random Llama of six layers, on our CPU attention.
+
+    SGLang builds one in a process: for a single module.
+    """
+    import torch
+    from sglang.benchmark.one_batch import load_model
+    from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+    from sglang.srt.server_args import PortArgs, ServerArgs
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rksc_sglang.attention_cpu import NAME, register_attention_cpu
+
+    path = tmp_path_factory.mktemp("models") / "six-layers"
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1000,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,
+        )
+    ).save_pretrained(path)
+    register_attention_cpu()
+    args = ServerArgs(
+        model_path=str(path),
+        tokenizer_path=str(tiny_model),
+        device="cpu",
+        attention_backend=NAME,
+        sampling_backend="pytorch",
+        dtype="float32",
+        max_total_tokens=4096,
+    )
+    args.resolve_once()
+    ranks = SpawnRanks(world_rank=spawn_world_rank(args, tp_rank=0, pp_rank=0), gpu_id=0)
+    publish(args, role="scheduler", ranks=ranks)
+    runner, _ = load_model(args, PortArgs.init_new(args), 0, 0)
+    yield runner.torch_runner
+    publish(sglang_runtime, role="scheduler")
 
 
 @pytest.fixture

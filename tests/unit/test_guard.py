@@ -183,3 +183,15 @@ def test_a_failing_listener_stops_no_batch(server):
     server.listeners[0] = lambda req, logits: 1 / 0
     server.forward([server.spliced("a")], [tied(0.1)])
     assert server.counts == ["first_logits"]
+
+
+def test_the_risk_of_a_doubt_is_learned(server):
+    greedy, sampled = server.spliced("a"), server.spliced("b", temperature=0.7)
+    at_first = server.doubt.risk(greedy, greedy.rksc.splice)
+    assert 0 < at_first < 1
+    assert server.doubt.risk(sampled, sampled.rksc.splice) == 0
+    for number in range(20):
+        req = server.spliced(str(number))
+        server.forward([req], [peaked(1)])
+        server.doubt.review([req])
+    assert server.doubt.risk(greedy, greedy.rksc.splice) == pytest.approx(at_first / 2)

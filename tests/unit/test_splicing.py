@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rksc_sglang.asks.content_index import ContentIndex
+from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import Thresholds
 from rksc_sglang.asks.root_first import make_adder_class
@@ -322,11 +323,26 @@ def test_input_logprobs_over_the_run_are_computed(scheduler):
 
 
 def test_a_splice_that_does_not_pay_is_left(scheduler):
-    scheduler.splicer.cost = SimpleNamespace(saved=lambda tokens, passes: -1.0)
+    scheduler.splicer.cost = CostModel(pass_seconds=1.0, token_seconds=1e-3, copy_seconds=0.0)
     scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
     second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
     assert scheduler.serve(second) == 1
     assert second.rksc.splice.spliced_tokens == 0
+
+
+@pytest.mark.parametrize(("risk", "spliced"), [(0.2, True), (0.9, False)])
+@pytest.mark.parametrize("cost", [None, CostModel(1e-6, 1e-3, 0.0)])
+def test_a_splice_must_be_worth_the_risk_that_its_answer_is_discarded(
+    scheduler, cost, risk, spliced
+):
+    """DOC is two thirds of the second prompt."""
+    scheduler.splicer.cost = cost
+    scheduler.splicer.doubt = SimpleNamespace(risk=lambda req, state: risk)
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, *range(100, 100 + len(DOC) // 2)])
+    scheduler.serve(second)
+    assert (second.rksc.splice.spliced_tokens > 0) is spliced
+    scheduler.check()
 
 
 def test_a_failing_copy_means_ordinary_prefill(scheduler):

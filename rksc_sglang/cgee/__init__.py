@@ -1,0 +1,1 @@
+"""CGEE, confidence-gated early exit: verification that costs what it must."""
