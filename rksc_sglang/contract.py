@@ -11,7 +11,7 @@ from typing import Any
 
 KEY = "rksc"
 SHARES = ("exact", "similar")
-EXITS = ("off", "layer", "paper")
+EXITS = ("off", "layer", "paper", "observe")
 #: ``fallback`` of a request whose spliced answer was discarded.
 DOUBTED = "the spliced first token was nearly tied with another: computed again exactly"
 
@@ -44,7 +44,7 @@ class VerifyContract:
     """The request is a verification that scores ``labels`` as its next token."""
 
     labels: tuple[str, ...]
-    exit: str = "off"
+    exit: str | None = None  # None: the server's default
     profile: str | None = None
 
     @classmethod
@@ -58,8 +58,8 @@ class VerifyContract:
             or len(set(labels)) != len(labels)
         ):
             raise _fail(".verify.labels", "at least two different non-empty strings", labels)
-        exit_ = raw.get("exit", "off")
-        if exit_ not in EXITS:
+        exit_ = raw.get("exit")
+        if exit_ is not None and exit_ not in EXITS:
             raise _fail(".verify.exit", f"one of {', '.join(EXITS)}", exit_)
         profile = raw.get("profile")
         if profile is not None and not isinstance(profile, str):
@@ -138,7 +138,9 @@ class ResponseInfo:
 
     Token counts are of the prompt: ``exact_tokens`` came from the exact radix prefix,
     ``spliced_tokens`` from the same run of tokens behind another context,
-    ``recomputed_tokens`` went through the model.
+    ``recomputed_tokens`` went through the model. Where a verification stopped at ``exit_layer``,
+    ``label_scores`` estimate the last layer's logits up to a constant. With ``exit: "observe"``,
+    ``lens`` are the label logits behind each layer but the last.
     """
 
     share: str = "exact"
@@ -148,8 +150,12 @@ class ResponseInfo:
     similarity: float | None = None
     exit_layer: int | None = None
     num_layers: int | None = None
+    label_scores: list[float] | None = None
+    lens: list[list[float]] | None = None
     merged_into: int | None = None
     fallback: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The JSON form, with what only a verification has where there is any."""
+        raw = dataclasses.asdict(self)
+        return {k: v for k, v in raw.items() if v is not None or k not in ("label_scores", "lens")}

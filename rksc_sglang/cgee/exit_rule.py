@@ -25,8 +25,11 @@ class ExitRule(Protocol):
         needs_entropy: it looks at the entropy over the whole vocabulary as well.
     """
 
-    layers: tuple[int, ...]
-    needs_entropy: bool
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def needs_entropy(self) -> bool: ...
 
     def scores(self, lens: Tensor) -> Tensor:
         """Estimates of the last layer's label logits, up to a constant for each request.

@@ -164,22 +164,25 @@ class LayerExit:
         """Before a layer: look, let requests leave, and hand it the batch of those who stay."""
         if depth and self._pass is None:
             return None
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
+        given = signature.bind(*args, **kwargs).arguments
         if depth == 0:
             self._pass = self._begin(given["forward_batch"])
         now = self._pass
         if now is None:
             return None
         try:
-            given["hidden_states"] = self._look(now, depth, given["hidden_states"])
+            new = {"hidden_states": self._look(now, depth, given["hidden_states"])}
         except Exception:
             logger.exception("RKSC: the layers of a batch were not looked at")
             self.on_error("layer_exit")
             now.groups = []
+            new = {}
         if now.shrunk:
-            given["forward_batch"], given["positions"] = now.batch, now.batch.positions
-        return bound.args, bound.kwargs
+            new |= {"forward_batch": now.batch, "positions": now.batch.positions}
+        # Each stays where it was, by place or by name: others change the call behind this.
+        places = list(signature.parameters)[: len(args)]
+        args = tuple(new.get(name, value) for name, value in zip(places, args))
+        return args, {name: new.get(name, value) for name, value in kwargs.items()}
 
     def _wrap(self, depth: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(forward)

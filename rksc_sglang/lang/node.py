@@ -41,6 +41,7 @@ def gen_verdict(
     *,
     system: str | None = None,
     share: str | None = None,
+    exit: str | None = None,
 ) -> SglVerdict:
     """``s += rksc.gen_verdict("ok")``: ask about the state so far, without adding to it.
 
@@ -53,10 +54,10 @@ def gen_verdict(
             answer is correct.
         labels: the possible answers, each a single token of the model in that place; None
             stands for YES and NO, or Yes and No, or yes and no, whichever are.
-        system, share: as in ``rksc.verify``.
+        system, share, exit: as in ``rksc.verify``.
 
     Raises:
         VerifyError: a wrong argument, named. Labels that do not fit the model's tokenizer show
             when the node runs.
     """
-    return SglVerdict(name, make_question(question, labels, system, share))
+    return SglVerdict(name, make_question(question, labels, system, share, exit))

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.lang.interpreter import StreamExecutor
 
-from rksc_sglang.contract import KEY, SHARES, RequestContract, VerifyContract
+from rksc_sglang.contract import EXITS, KEY, SHARES, RequestContract, VerifyContract
 from rksc_sglang.lang.executor import contract_of_executor
 from rksc_sglang.lang.server import Server, server_of
 
@@ -25,7 +25,8 @@ class LabelScores:
     """Outcome of scoring one branch.
 
     ``probabilities`` are over the labels alone (they sum to 1), in the order of the labels;
-    ``logprobs`` are the model's natural-log probabilities over its whole vocabulary.
+    ``logprobs`` are the model's natural-log probabilities over its whole vocabulary, those of the
+    layer at which the verification stopped where it did.
     """
 
     labels: tuple[str, ...]
@@ -34,6 +35,10 @@ class LabelScores:
     prompt_tokens: int
     cached_tokens: int
     rksc: dict[str, Any] | None
+
+    @property
+    def exit_layer(self) -> int | None:
+        return (self.rksc or {}).get("exit_layer")
 
     @property
     def best(self) -> str:
@@ -49,13 +54,15 @@ class Question:
     """What to ask about a branch; ``text`` and ``labels`` None stand for a plain yes or no.
 
     ``system`` puts the branch's text behind a system prompt of the verifier's own; ``share`` says
-    whether the KV of that text may be taken over all the same.
+    whether the KV of that text may be taken over all the same; ``exit`` when the pass may stop at a
+    middle layer.
     """
 
     text: str | None = None
     labels: tuple[str, ...] | None = None
     system: str | None = None
     share: str | None = None
+    exit: str | None = None
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The question's text and labels, in each form that may be tried."""
@@ -69,6 +76,7 @@ def make_question(
     labels: Sequence[str] | None,
     system: str | None = None,
     share: str | None = None,
+    exit: str | None = None,
 ) -> Question:
     """Check what a program asks, before any server sees it.
 
@@ -80,13 +88,15 @@ def make_question(
             raise VerifyError(f"{name}: expected some text, got {value!r}")
     if share is not None and share not in SHARES:
         raise VerifyError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
+    if exit is not None and exit not in EXITS:
+        raise VerifyError(f"exit: expected one of {', '.join(EXITS)}, got {exit!r}")
     if labels is None:
-        return Question(text, None, system, share)
+        return Question(text, None, system, share, exit)
     if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
         raise VerifyError(f"labels: expected a list of non-empty strings, got {labels!r}")
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise VerifyError(f"labels: expected at least two different ones, got {list(labels)}")
-    return Question(text, tuple(labels), system, share)
+    return Question(text, tuple(labels), system, share, exit)
 
 
 def question_text(executor: StreamExecutor, question: str) -> str:
@@ -201,7 +211,7 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     contract = contract_of_executor(executor) or RequestContract()
     contract = replace(
         contract,
-        verify=VerifyContract(labels=labels),
+        verify=VerifyContract(labels=labels, exit=question.exit),
         share=question.share or contract.share,
     )
     answer = server.post(
@@ -220,12 +230,15 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     meta = answer["meta_info"]
     by_token = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
     logprobs = tuple(by_token[token] for token in tokens)
-    weights = [math.exp(value - max(logprobs)) for value in logprobs]
+    info = meta.get(KEY)
+    # Where it stopped early, the server estimates what the last layer would have said.
+    scores = (info or {}).get("label_scores") or logprobs
+    weights = [math.exp(value - max(scores)) for value in scores]
     return LabelScores(
         labels=labels,
         probabilities=tuple(weight / sum(weights) for weight in weights),
         logprobs=logprobs,
         prompt_tokens=meta["prompt_tokens"],
         cached_tokens=meta["cached_tokens"],
-        rksc=meta.get(KEY),
+        rksc=info,
     )

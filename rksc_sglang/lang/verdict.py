@@ -33,6 +33,7 @@ class Verdict:
         prompt_tokens: of all verification prompts together.
         computed_tokens: of those, the ones that were not in the KV cache.
         spliced_tokens: of those, the ones whose KV was computed behind another context.
+        exit_layers: the layer at which the branch's verification stopped; None where it did not.
         seconds: wall-clock time of the whole call, waiting for unfinished branches included.
     """
 
@@ -45,6 +46,7 @@ class Verdict:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     spliced_tokens: int = 0
+    exit_layers: list[int | None] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -56,6 +58,7 @@ def verify(
     labels: Sequence[str] | None = None,
     system: str | None = None,
     share: str | None = None,
+    exit: str | None = None,
 ) -> Verdict:
     """Ask the model about each branch and pick a winner.
 
@@ -73,12 +76,15 @@ def verify(
         system: a system prompt for the verification, in the place of the branches' own.
         share: "exact", or "similar" to let the server share KV of equal text behind different
             prefixes; None leaves it to what the branch was forked with.
+        exit: when a verification's pass may stop at a middle layer: "off", "layer" (by the model's
+            calibrated rule), "paper" (by the paper's), "observe" (never; the answer shows what the
+            layers say); None leaves it to the server.
 
     Raises:
         VerifyError: no branches, or labels that collide or do not fit, by name.
     """
     start = time.perf_counter()
-    asked_for = make_question(question, labels, system, share)
+    asked_for = make_question(question, labels, system, share, exit)
     states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
     if not states:
         raise VerifyError("branches: expected at least one")
@@ -122,6 +128,7 @@ def verify(
         prompt_tokens=sum(o.prompt_tokens for o in asked.values()),
         computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
         spliced_tokens=sum((o.rksc or {}).get("spliced_tokens", 0) for o in asked.values()),
+        exit_layers=[asked[b].exit_layer if b in asked else None for b in range(len(states))],
         seconds=time.perf_counter() - start,
     )
 

@@ -21,7 +21,12 @@ class Feature:
 
 
 def decide(
-    config: RkscConfig, *, has_radix_cache: bool, has_mamba: bool, splice_reason: str | None
+    config: RkscConfig,
+    *,
+    has_radix_cache: bool,
+    has_mamba: bool,
+    splice_reason: str | None,
+    exit_reason: str | None,
 ) -> tuple[Feature, ...]:
     """Decide at start, from the configuration and what the model's cache can do.
 
@@ -29,6 +34,7 @@ def decide(
         has_radix_cache: the server's tree cache is RKSC's.
         has_mamba: the model keeps recurrent state beside its KV.
         splice_reason: why nothing can be spliced, None where it can.
+        exit_reason: why no verification can stop at a middle layer, None where it can.
     """
     if not config.root_first:
         root_first = Feature("root_first", False, "--no-rksc-root-first")
@@ -39,8 +45,7 @@ def decide(
     else:
         root_first = Feature("root_first", True)
     splice = Feature("splice", splice_reason is None, splice_reason)
-    reason = "not in this version, served exactly" if config.approximate else "mode exact"
-    return (root_first, splice, Feature("layer_exit", False, reason))
+    return (root_first, splice, Feature("layer_exit", exit_reason is None, exit_reason))
 
 
 def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) -> str | None:
@@ -49,6 +54,6 @@ def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) ->
     wanted = []
     if contract.share == "similar":
         wanted.append(by_name["splice"])
-    if contract.verify is not None and contract.verify.exit != "off":
+    if contract.verify is not None and contract.verify.exit not in (None, "off"):
         wanted.append(by_name["layer_exit"])
     return "; ".join(str(feature) for feature in wanted if not feature.on) or None

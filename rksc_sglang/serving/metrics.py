@@ -15,6 +15,7 @@ SCHEDULER_COUNTERS = {
     "stages": "prefills of our own that prepared a splice",
     "gate_refusals": "runs of cached text not spliced because their contexts were too different",
     "doubts": "spliced requests computed again because their first token was nearly a tie",
+    "layer_exits": "verifications that stopped at a middle layer",
     "shadows": "spliced requests that the guard computed again exactly",
     "guard_trips": "tenants for whom the guard ended splicing",
     "errors": "failures inside RKSC that were answered by exact serving",

@@ -23,6 +23,8 @@ from rksc_sglang.serving.probe import CostProbe
 from rksc_sglang.serving.radix_cache import RkscRadixCache
 from rksc_sglang.serving.splice_support import Unsupported, build_splicer
 from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
+from rksc_sglang.serving.verifying import ExitState, Verifications
+from rksc_sglang.serving.verifying import Unsupported as UnsupportedExit
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GetInternalStateReq, TokenizedGenerateReqInput
@@ -39,24 +41,31 @@ class RequestState:
         fallback: str | None,
         num_layers: int,
         splice: SpliceState | None,
+        exit_: ExitState | None,
         received: TokenizedGenerateReqInput | None,
     ) -> None:
         self.contract = contract
         self.fallback = fallback
         self.num_layers = num_layers
         self.splice = splice
+        self.exit = exit_
         self.received = received  # of a splice: what it is made from again if it is discarded
         self.held = False
 
     def response_info(self, req: Req) -> dict[str, Any]:
         spliced = self.splice.spliced_tokens if self.splice else 0
+        exit_, verify = self.exit, self.contract.verify if self.contract else None
+        observed = exit_ is not None and verify is not None and verify.exit == "observe"
         return ResponseInfo(
             share="similar" if spliced else "exact",
             exact_tokens=req.cached_tokens - spliced,
             spliced_tokens=spliced,
             recomputed_tokens=len(req.origin_input_ids) - req.cached_tokens,
             similarity=self.splice.similarity if self.splice else None,
+            exit_layer=exit_.layer if exit_ else None,
             num_layers=self.num_layers,
+            label_scores=exit_.scores if exit_ else None,
+            lens=exit_.lens if exit_ and observed else None,
             fallback=self.fallback or (self.splice.reason if self.splice else None),
         ).to_dict()
 
@@ -113,11 +122,13 @@ class RkscScheduler(stock.Scheduler):
         collector = self.metrics_collector
         self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
         self.rksc_splicer, splice_reason = self._build_splicer()
+        self.rksc_verifications, exit_reason = self._build_verifications()
         self.rksc_features = decide(
             config,
             has_radix_cache=isinstance(self.tree_cache, RkscRadixCache),
             has_mamba=self.tree_cache.supports_mamba(),
             splice_reason=splice_reason,
+            exit_reason=exit_reason,
         )
         self.rksc_adder_class = self._make_adder_class()
         self.rksc_in_doubt: set[str] = set()
@@ -136,6 +147,16 @@ class RkscScheduler(stock.Scheduler):
         try:
             return build_splicer(self, self.rksc_config, self.rksc_counters.add), None
         except Unsupported as error:
+            return None, str(error)
+
+    def _build_verifications(self) -> tuple[Verifications | None, str | None]:
+        """What lets verifications stop at a middle layer, or None and the reason."""
+        if not self.rksc_config.approximate:
+            return None, f"mode {self.rksc_config.mode}"
+        count = self.rksc_counters.add
+        try:
+            return Verifications(self, self.rksc_config, count, self._count_error), None
+        except UnsupportedExit as error:
             return None, str(error)
 
     def _make_adder_class(self) -> type[RootFirstPrefillAdder] | None:
@@ -201,12 +222,16 @@ class RkscScheduler(stock.Scheduler):
         # The tokenizer process has refused malformed contracts already.
         contract = contract_of({"custom_params": req.sampling_params.custom_params})
         fallback = fallback_reason(contract, self.rksc_features) if contract else None
-        splice = self._splice_state(req, contract)
+        splice, exit_ = self._splice_state(req, contract), None
+        if self.rksc_verifications is not None:
+            exit_, reason = self.rksc_verifications.state_of(recv_req, contract)
+            fallback = fallback or reason
         req.rksc = RequestState(
             contract,
             fallback,
             self.model_config.num_hidden_layers,
             splice,
+            exit_,
             recv_req if splice is not None else None,
         )
         if req.rid not in self.rksc_in_doubt:  # it has been counted before
@@ -236,6 +261,8 @@ class RkscScheduler(stock.Scheduler):
         return state
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
+        if self.rksc_verifications is not None:
+            self.rksc_verifications.batch = batch
         if self.rksc_guard is not None and self.rksc_first_logits is not None:
             self.rksc_first_logits.batch = batch
             self.rksc_guard.on_busy()
@@ -289,6 +316,7 @@ class RkscScheduler(stock.Scheduler):
                 "capacity_tokens": self.max_total_num_tokens,
                 "timings": cache.timings() if isinstance(cache, RkscRadixCache) else None,
             },
+            "layer_exit": self.rksc_verifications.to_dict() if self.rksc_verifications else None,
             "splice": self.rksc_splicer.to_dict() if self.rksc_splicer else None,
         }
 

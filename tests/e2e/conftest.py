@@ -66,6 +66,18 @@ def reasoner(logs: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
+    """URL of a server in mode balanced; SGLang stops it when a slot leaks."""
+    flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
+    flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
+    flags += ["--enable-metrics", "--dtype", "float32", "--rksc-margin", "0"]
+    with ServerProcess(flags, log=logs / "splicing.log") as server:
+        server.wait_ready()
+        yield server.url
+        server.check()
+
+
+@pytest.fixture(scope="session")
 def tiny_servers(
     request: pytest.FixtureRequest, tiny_model: Path, logs: Path
 ) -> Iterator[dict[str, str]]:

@@ -73,18 +73,6 @@ def rank(url):
     return requests.get(url + "/rksc/status", timeout=60).json()["ranks"][0]
 
 
-@pytest.fixture(scope="module")
-def splicing(smollm2, logs):
-    """A server in mode balanced; SGLang stops it when a slot leaks."""
-    flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
-    flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
-    flags += ["--enable-metrics", "--dtype", "float32", "--rksc-margin", "0"]
-    with ServerProcess(flags, log=logs / "splicing.log") as server:
-        server.wait_ready()
-        yield server.url
-        server.check()
-
-
 def test_the_document_behind_another_system_prompt_is_spliced(splicing):
     first = ask(splicing, prompt(0), "similar", "a")
     assert info(first)["share"] == "exact"

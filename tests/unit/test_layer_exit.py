@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from sglang.benchmark.one_batch import extend
 
+from rksc_sglang.asks.signature import Signatures
 from rksc_sglang.cgee.exit_rule import CalibratedRule, PaperRule, paper_rule
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
 
@@ -65,9 +66,13 @@ class Runner:
         req.extend_end = len(tokens)
         return req
 
-    def kv_of(self, req, count):
-        """Keys and values of a request's first tokens, in all layers."""
-        slots = self.runner.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :count].long()
+    def slots_of(self, req):
+        count = len(req.full_untruncated_fill_ids)
+        return self.runner.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :count].long()
+
+    def kv_of(self, req):
+        """Keys and values of a request's tokens, in all layers."""
+        slots = self.slots_of(req)
         pool = self.runner.token_to_kv_pool
         return torch.stack([buffer[slots] for buffer in (*pool.k_buffer, *pool.v_buffer)])
 
@@ -102,7 +107,7 @@ def test_a_batch_exits_as_each_request_alone(runner, requests, data):
     threshold = data.draw(st.sampled_from([0.0, 0.5, 2.0, 5.0]))
     rule = rule_of(threshold, patience)
     plain = runner.run(requests)
-    plain_kv = [runner.kv_of(r, len(r.full_untruncated_fill_ids)) for r in runner.reqs]
+    plain_kv = [runner.kv_of(req) for req in runner.reqs]
 
     expected, lenses = [], {}
     for row, request in enumerate(requests):
@@ -135,8 +140,7 @@ def test_a_batch_exits_as_each_request_alone(runner, requests, data):
         )
     for row, req in enumerate(runner.reqs):
         if row not in rows or lenses[row][0] is None:
-            kv = runner.kv_of(req, len(req.full_untruncated_fill_ids))
-            torch.testing.assert_close(kv, plain_kv[row], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(runner.kv_of(req), plain_kv[row], atol=1e-4, rtol=1e-4)
 
 
 def test_logits_of_an_exited_request_are_the_lens_of_its_layer(runner):
@@ -175,6 +179,22 @@ def test_the_papers_rule_looks_at_the_vocabulary(runner):
     never, reports = make_candidates([0], PaperRule((2, 3, 4), entropy=1e-6))
     runner.run([([], [7, 8, 9])], never)
     assert reports.of[0][0] is None
+
+
+def test_signatures_are_those_of_the_requests_that_stayed(model_runner, runner):
+    signatures = Signatures(model_runner.model, 64, 4097, "cpu")
+    batch = [([], [7, 8, 9]), ([], [10, 11]), ([], [12, 13, 14, 15])]
+
+    def rows(which):
+        return signatures.rows[torch.cat([runner.slots_of(runner.reqs[row]) for row in which])]
+
+    runner.run(batch)
+    plain = rows([0, 2]).clone()
+    signatures.rows.zero_()
+    candidates, _ = make_candidates([1], rule_of(0.0))
+    runner.run(batch, candidates)
+    assert plain.any(1).all()
+    torch.testing.assert_close(rows([0, 2]), plain, atol=1e-2, rtol=1e-2)
 
 
 def test_a_failure_leaves_the_pass_whole(runner):

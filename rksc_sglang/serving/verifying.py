@@ -1,0 +1,207 @@
+"""Verifications inside the scheduler: which may stop at a middle layer, and which did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.runtime_context import get_parallel
+
+from rksc_sglang.asks.profile import fingerprint
+from rksc_sglang.cgee.exit_rule import CalibratedRule, ExitRule, paper_rule
+from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
+from rksc_sglang.cgee.profile import ExitProfile, ExitProfileError
+from rksc_sglang.config import RkscConfig
+from rksc_sglang.contract import RequestContract
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+logger = logging.getLogger(__name__)
+
+#: Attention backends that were tried with batches that become smaller in the middle of a pass.
+BACKENDS = ("rksc_cpu", "torch_native")
+
+
+class Unsupported(Exception):
+    """No verification can stop at a middle layer on this server; the message is the reason."""
+
+
+class ExitState:
+    """Of one verification; ``req.rksc.exit``.
+
+    Attributes:
+        labels: token ids.
+        rule: when it stops.
+        layer: where it stopped.
+        scores: [labels] estimates of the last layer's logits, up to a constant, where it stopped.
+        lens: [checks][labels] lens logits.
+    """
+
+    def __init__(self, labels: tuple[int, ...], rule: ExitRule) -> None:
+        self.labels = labels
+        self.rule = rule
+        self.layer: int | None = None
+        self.scores: list[float] | None = None
+        self.lens: list[list[float]] = []
+
+
+class Verifications:
+    """Layer exit for one scheduler.
+
+    Args:
+        count: called with a counter's name.
+        on_error: called with a word for where.
+
+    Attributes:
+        batch: in its forward pass.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        config: RkscConfig,
+        count: Callable[[str], None],
+        on_error: Callable[[str], None],
+    ) -> None:
+        self.batch: ScheduleBatch | None = None
+        self.count, self.on_error = count, on_error
+        self.mode = config.mode
+        runner = scheduler.tp_worker.model_runner
+        self.num_layers = scheduler.model_config.num_hidden_layers
+        _refuse_server(scheduler)
+        try:
+            self.profile = _profile_of(config, Path(scheduler.model_config.model_path))
+            self.exit = LayerExit(runner.model, runner.attn_backend, self._candidates, on_error)
+        except (UnsupportedModel, ExitProfileError) as error:
+            raise Unsupported(str(error)) from error
+
+    def state_of(
+        self, received: TokenizedGenerateReqInput, contract: RequestContract | None
+    ) -> tuple[ExitState | None, str | None]:
+        """What a new request gets, and why it does not stop early where it asked to."""
+        try:
+            return self._state_of(received, contract)
+        except Exception:
+            logger.exception("RKSC: a verification runs in full")
+            self.on_error("layer_exit")
+            return None, "layer_exit: an error inside RKSC"
+
+    def _state_of(
+        self, received: TokenizedGenerateReqInput, contract: RequestContract | None
+    ) -> tuple[ExitState | None, str | None]:
+        verify = contract.verify if contract is not None else None
+        if verify is None:
+            return None, None
+        asked = verify.exit
+        if asked is None:
+            asked = "paper" if self.mode == "paper" else "layer" if self.profile else "off"
+        if asked == "off":
+            return None, None
+        if verify.profile and verify.profile != (self.profile and self.profile.model):
+            return None, "layer_exit: this server's profile is not the one asked for"
+        tokens = received.token_ids_logprob or []
+        if len(tokens) != len(verify.labels):
+            return None, "layer_exit: token_ids_logprob must name one token for each label"
+        if received.sampling_params.max_new_tokens > 1:
+            return None, "layer_exit: only with max_new_tokens 1, nothing can follow"
+        if received.return_hidden_states or received.logprob_start_len >= 0:
+            return None, "layer_exit: not with hidden states or logprobs of the prompt"
+        if asked == "observe":
+            return ExitState(tuple(tokens), _never(self.num_layers, len(tokens))), None
+        if asked == "paper":
+            return ExitState(tuple(tokens), paper_rule(self.num_layers)), None
+        if self.profile is None:
+            return None, "layer_exit: not calibrated for this model"
+        if tuple(tokens) != self.profile.labels:
+            return None, "layer_exit: not calibrated for these labels"
+        return ExitState(self.profile.labels, self.profile.rule), None
+
+    def _candidates(self, forward: ForwardBatch) -> Sequence[Candidate]:
+        batch = self.batch
+        if batch is None or forward.batch_size != len(batch.reqs):
+            return []
+        found = []
+        for row, req in enumerate(batch.reqs):
+            state = getattr(getattr(req, "rksc", None), "exit", None)
+            if state is None or req.output_ids:
+                continue
+            if req.extend_end == len(req.full_untruncated_fill_ids):  # its last chunk
+                report = _reporter(req, state, self.count)
+                found.append(Candidate(row, state.labels, state.rule, report))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the status page."""
+        if self.profile is None:
+            return {"calibrated": False}
+        profile = self.profile
+        return {
+            "calibrated": True,
+            "risk": profile.risk,
+            "delta": profile.delta,
+            "labels": list(profile.labels),
+            "layers": list(profile.rule.layers),
+        }
+
+
+def _reporter(
+    req: Req, state: ExitState, count: Callable[[str], None]
+) -> Callable[[int | None, list[float], list[list[float]]], None]:
+    def report(layer: int | None, scores: list[float], lens: list[list[float]]) -> None:
+        state.lens = lens
+        if layer is not None:
+            state.layer, state.scores = layer, scores
+            # Its KV ends at this layer: it is freed with the request, and never found again.
+            req.skip_radix_cache_insert = True
+            count("layer_exits")
+
+    return report
+
+
+def _never(num_layers: int, labels: int) -> CalibratedRule:
+    """A rule that looks after every layer and never stops anyone."""
+    layers = tuple(range(1, num_layers))
+    ones, zeros = (1.0,) * len(layers), ((0.0,) * labels,) * len(layers)
+    return CalibratedRule(layers, ones, zeros, (float("inf"),) * len(layers))
+
+
+def _profile_of(config: RkscConfig, model_path: Path) -> ExitProfile | None:
+    """The given profile's exit, or the shipped one of this model.
+
+    Raises:
+        ExitProfileError: the given one is malformed, or another model's.
+    """
+    if config.profile:
+        profile = ExitProfile.load(Path(config.profile))
+        if profile is not None and profile.model != fingerprint(model_path):
+            raise ExitProfileError(f"--rksc-profile {config.profile} is of another model")
+        return profile
+    return None
+
+
+def _refuse_server(scheduler: Any) -> None:
+    """Raise Unsupported for what SGLang is asked to do beside, and layer exit is not made for."""
+    parallel = get_parallel()
+    backend = scheduler.server_args.attention_backend
+    for on, what in (
+        (parallel.tp_size > 1, "tensor parallelism"),
+        (parallel.pp_size > 1, "pipeline parallelism"),
+        (parallel.dp_size > 1, "data parallelism"),
+        (not scheduler.spec_algorithm.is_none(), "speculative decoding"),
+        (scheduler.enable_lora, "LoRA"),
+        (scheduler.model_config.is_multimodal, "a multimodal model"),
+        (scheduler.model_config.is_encoder_decoder, "an encoder-decoder"),
+        (scheduler.dllm_config is not None, "a diffusion language model"),
+        (backend not in BACKENDS, f"the attention backend {backend}"),
+    ):
+        if on:
+            raise Unsupported(f"not with {what}")

@@ -1,0 +1,107 @@
+"""Verifications that stop at a middle layer, on the server that splices (SmolLM2, balanced)."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+CHECKED = "The capital of France is Paris.\nIs that right? Answer Yes or No:"
+
+
+def post(url, text, verify=None, **params):
+    custom = {"custom_params": {"rksc": {"share": "exact", "verify": verify}}} if verify else {}
+    body = {
+        "text": text,
+        "sampling_params": {"temperature": 0, **params, **custom},
+        "return_logprob": True,
+    }
+    if verify:
+        body["token_ids_logprob"] = label_tokens(url)
+    answer = requests.post(url + "/generate", json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["meta_info"]
+
+
+def label_tokens(url):
+    tokens = [
+        requests.post(url + "/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
+        for text in (" Yes", " No")
+    ]
+    return [answer["tokens"][0] for answer in tokens]
+
+
+def verify(url, text, exit, **params):
+    return post(url, text, {"labels": ["Yes", "No"], "exit": exit}, max_new_tokens=1, **params)
+
+
+def lead_of(meta):
+    (yes, _, _), (no, _, _) = meta["output_token_ids_logprobs"][0]
+    return yes - no
+
+
+def counters(url):
+    return requests.get(url + "/rksc/status").json()["ranks"][0]["counters"]
+
+
+def test_what_the_layers_say_is_shown(splicing):
+    meta = verify(splicing, CHECKED, "observe")
+    assert meta["rksc"]["exit_layer"] is None
+    lens = meta["rksc"]["lens"]
+    assert len(lens) == 29
+    assert all(len(labels) == 2 for labels in lens)
+
+
+def test_the_papers_rule_stops_at_its_second_look(splicing):
+    before = counters(splicing)["layer_exits"]
+    observed = verify(splicing, CHECKED, "observe")["rksc"]["lens"]
+    meta = verify(splicing, CHECKED, "paper")
+    layer = meta["rksc"]["exit_layer"]
+    assert 3 <= layer < 30
+    yes, no = observed[layer - 1]
+    assert meta["rksc"]["label_scores"] == pytest.approx([yes, no], abs=1e-3)
+    assert lead_of(meta) == pytest.approx(yes - no, abs=1e-3)
+    assert counters(splicing)["layer_exits"] == before + 1
+
+
+def test_what_stopped_is_not_shared(splicing):
+    text = f"A text that nobody has asked about. {CHECKED}"
+    verify(splicing, text, "paper")
+    assert verify(splicing, text, "off")["cached_tokens"] == 0
+    assert verify(splicing, text, "off")["cached_tokens"] > 0
+
+
+def test_other_requests_of_the_batch_get_what_they_get_alone(splicing):
+    texts = [f"Story number {n}: once upon a time there was a" for n in range(4)]
+
+    def tokens(text):
+        meta = post(splicing, text, max_new_tokens=12)
+        return [token for _, token, _ in meta["output_token_logprobs"]]
+
+    alone = [tokens(text) for text in texts]
+    requests.post(splicing + "/flush_cache", timeout=60)
+    with ThreadPoolExecutor(12) as pool:
+        together = [pool.submit(tokens, text) for text in texts]
+        exits = [pool.submit(verify, splicing, f"{n}. {CHECKED}", "paper") for n in range(8)]
+        assert [future.result() for future in together] == alone
+        assert all(future.result()["rksc"]["exit_layer"] for future in exits)
+
+
+@pytest.mark.parametrize(
+    ("exit", "params", "reason"),
+    [
+        ("layer", {"max_new_tokens": 1}, "not calibrated for this model"),
+        ("paper", {"max_new_tokens": 4}, "only with max_new_tokens 1"),
+    ],
+)
+def test_what_cannot_stop_says_why(splicing, exit, params, reason):
+    meta = post(splicing, CHECKED, {"labels": ["Yes", "No"], "exit": exit}, **params)
+    assert reason in meta["rksc"]["fallback"]
+    assert meta["rksc"]["exit_layer"] is None
+
+
+def test_labels_without_tokens_are_told(splicing):
+    contract = {"verify": {"labels": ["Yes", "No"], "exit": "paper"}}
+    params = {"max_new_tokens": 1, "custom_params": {"rksc": contract}}
+    body = {"text": CHECKED, "sampling_params": params}
+    meta = requests.post(splicing + "/generate", json=body, timeout=120).json()["meta_info"]
+    assert "token_ids_logprob" in meta["rksc"]["fallback"]
