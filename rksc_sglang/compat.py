@@ -31,6 +31,8 @@ _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerO
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_STREAM = "sglang.srt.layers.layer_boundary.residual.stream.ResidualStream"
+_ATTENTION = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
 _CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
 
 SEAMS = (
@@ -65,6 +67,8 @@ SEAMS = (
     Seam(_CACHE, "claim_kv_row", ("req",)),
     Seam(_CACHE, "on_release", ("req", "checkpointed")),
     Seam(_CACHE, "release_aborted_request", ("request",)),
+    Seam(_STREAM, "export", ("hidden", "takes_handoff")),
+    Seam(_ATTENTION, "init_forward_metadata", ("forward_batch",)),
     Seam(_CORE, "evict_device_next_node", ("component_type", "tracker")),
     Seam(_CORE, "evict_device_leaf", ("node_id", "is_write_back")),
 )

@@ -145,6 +145,7 @@ class LayerExit:
         self.candidates_of = candidates_of
         self.on_error = on_error
         self.layers, self.norm, self.head = _parts(model)
+        _check_batch()
         self._pass: _Pass | None = None
         for depth, layer in enumerate(self.layers):
             signature = inspect.signature(layer.forward)
@@ -321,6 +322,15 @@ def _close(batch: ForwardBatch, contribution: Tensor, residual: Tensor | None) -
 
     hidden, batch.residual_stream = ResidualStream.from_handoff(contribution, residual, PLAIN_ADD)
     return hidden
+
+
+def _check_batch() -> None:
+    """Raise UnsupportedModel when SGLang's batches have lost a field that :func:`shrink` cuts."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    for name in (*_TOKEN_TENSORS, *_REQUEST_TENSORS, *_REQUEST_LISTS, "residual_stream"):
+        if name not in ForwardBatch.__dataclass_fields__:
+            raise UnsupportedModel(f"SGLang moved ForwardBatch.{name}: it is gone")
 
 
 def _parts(model: nn.Module) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
