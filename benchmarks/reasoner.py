@@ -19,102 +19,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import requests
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.statistics import mean_interval
-from rksc_sglang.models.dialogues import END, NO, YES, Turn, prompt_of
+from rksc_sglang.cgee.record import Recorder, RecordError
+from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, check, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
 SAMPLES = 8
 TEMPERATURE = 0.8
 CONCURRENT = 32
-MAX_TOKENS = 160
-QUESTION = "Is the answer above correct? Reply with YES or NO."
 
 
-class Client:
-    """Asks one server; ``labels`` are the token ids of YES and NO."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.labels = [self._label(text) for text in (YES, NO)]
-
-    def _post(self, route: str, body: Mapping[str, Any]) -> Any:
-        try:
-            answer = requests.post(self.url + route, json=body, timeout=600)
-            answer.raise_for_status()
-            return answer.json()
-        except (requests.RequestException, ValueError) as error:
-            raise BenchmarkError(f"{self.url}: {error!r}") from error
-
-    def _label(self, text: str) -> int:
-        tokens = self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
-        if len(tokens) != 1:
-            raise BenchmarkError(f"the verdict {text!r} is not a single token of this model")
-        return tokens[0]
-
-    def solve(self, prompt: str, count: int, temperature: float) -> list[dict[str, Any]]:
-        """Solutions, each with the mean probability of its tokens' most probable alternative."""
-        params = {
-            "max_new_tokens": MAX_TOKENS,
-            "temperature": temperature,
-            "n": count,
-            "stop": [END],
-        }
-        body = {
-            "text": prompt,
-            "sampling_params": params,
-            "return_logprob": True,
-            "top_logprobs_num": 1,
-        }
-        answers = self._post("/generate", body)
-        answers = answers if isinstance(answers, list) else [answers]
-        return [
-            {
-                "text": answer["text"],
-                "tokens": answer["meta_info"]["completion_tokens"],
-                "confidence": float(
-                    np.mean(
-                        [
-                            math.exp(token[0][0])
-                            for token in answer["meta_info"]["output_top_logprobs"]
-                        ]
-                    )
-                ),
-            }
-            for answer in answers
-        ]
-
-    def judge(self, text: str) -> float:
-        """Log-odds of YES over NO as the next token."""
-        body = {
-            "text": text,
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-            "return_logprob": True,
-            "token_ids_logprob": self.labels,
-        }
-        meta = self._post("/generate", body)["meta_info"]
-        found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
-        return found[self.labels[0]] - found[self.labels[1]]
-
-
-def ask(client: Client, problem: Problem) -> Row:
+def ask(recorder: Recorder, problem: Problem) -> Row:
     """All measurements on one problem."""
-    asked = [Turn("user", problem.question)]
-    prompt = prompt_of(asked)
-    greedy = client.solve(prompt, 1, 0.0)[0]
-    samples = client.solve(prompt, SAMPLES, TEMPERATURE)
-    for sample in (greedy, *samples):
-        sample["answer"] = extract_answer(sample["text"])
-        sample["right"] = check(problem, sample["text"])
+    greedy, *samples = [
+        {
+            **sample._asdict(),
+            "answer": extract_answer(sample.text),
+            "right": check(problem, sample.text),
+        }
+        for sample in (
+            *recorder.solve(problem.question, 1, 0.0),
+            *recorder.solve(problem.question, SAMPLES, TEMPERATURE),
+        )
+    ]
     for sample in samples:
-        judged = [*asked, Turn("assistant", sample["text"]), Turn("user", QUESTION)]
-        sample["log_odds"] = client.judge(prompt_of(judged))
+        yes, no = recorder.verify(problem.question, sample["text"]).final
+        sample["log_odds"] = yes - no
     return {
         "workload": problem.family,
         "condition": "reasoner",
@@ -224,40 +160,43 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def measure_speed(client: Client, drawn: Sequence[Problem]) -> Row:
+def measure_speed(recorder: Recorder, drawn: Sequence[Problem]) -> Row:
     """Generated tokens a second with ``CONCURRENT`` greedy requests under way."""
-    prompts = [prompt_of([Turn("user", problem.question)]) for problem in drawn]
     start = time.perf_counter()
     with ThreadPoolExecutor(CONCURRENT) as pool:
-        answers = list(pool.map(lambda prompt: client.solve(prompt, 1, 0.0)[0], prompts))
+        answers = list(pool.map(lambda p: recorder.solve(p.question, 1, 0.0)[0], drawn))
     seconds = time.perf_counter() - start
-    tokens = sum(answer["tokens"] for answer in answers)
+    tokens = sum(answer.tokens for answer in answers)
     return {"workload": "speed", "condition": "reasoner", "tokens_per_s": tokens / seconds}
 
 
 def measure(url: str, count: int, seed: int) -> Iterator[Row]:
-    client = Client(url)
+    recorder = Recorder(url)
     stream = problems("test", seed)
     for _ in range(3):
-        yield measure_speed(client, list(itertools.islice(stream, 4 * CONCURRENT)))
+        yield measure_speed(recorder, list(itertools.islice(stream, 4 * CONCURRENT)))
     drawn = list(itertools.islice(stream, count))
     with ThreadPoolExecutor(CONCURRENT // SAMPLES) as pool:
-        answered = pool.map(lambda problem: ask(client, problem), drawn)
+        answered = pool.map(lambda problem: ask(recorder, problem), drawn)
         yield from track(answered, "asking", total=count, console=Console(stderr=True))
 
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
     args = parser.parse_args()
-    flags = ["--model-path", args.model_path, "--dtype", "float32", "--rksc-mode", "off"]
+    model = args.model_path or str(ensure_model("reasoner"))
+    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "off"]
     flags += ["--max-total-tokens", "65536"]
     with (
         tempfile.TemporaryDirectory() as logs,
         ServerProcess(flags, log=Path(logs) / "server.log") as server,
     ):
         server.wait_ready()
-        rows = list(measure(server.url, 120 if args.quick else 1200, args.seed))
+        try:
+            rows = list(measure(server.url, 120 if args.quick else 1200, args.seed))
+        except RecordError as error:
+            raise BenchmarkError(str(error)) from error
     result = harness.make_result("benchmarks.reasoner", args, rows, ["reasoning-gym"])
     harness.report(result, args.json)
 

@@ -92,7 +92,8 @@ class RkscConfig:
     )
     profile: str | None = _setting(
         None,
-        "calibrated profile of the served model, written by python -m rksc_sglang.asks.calibrate",
+        "calibrated profile of the served model, written by python -m rksc_sglang.asks.calibrate "
+        "(splicing) and python -m rksc_sglang.calibrate (early exit)",
         type_=str,
     )
     splice_head: int = _setting(

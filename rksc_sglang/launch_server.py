@@ -129,11 +129,13 @@ def check_profile(config: RkscConfig, model_path: str) -> None:
     """
     from pathlib import Path
 
-    from rksc_sglang.asks.profile import ProfileError, thresholds
+    from rksc_sglang.asks.profile import ProfileError, fingerprint, thresholds
+    from rksc_sglang.cgee.profile import ExitProfileError, profile_of
 
     try:
         thresholds(config, Path(model_path))
-    except ProfileError as error:
+        profile_of(config.profile, fingerprint(Path(model_path)))
+    except (ProfileError, ExitProfileError) as error:
         raise LaunchError(str(error)) from error
 
 

@@ -49,15 +49,25 @@ class SpliceProfile:
     evidence: dict[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> SpliceProfile:
-        """Raises ProfileError where the file is none, or not of this kind."""
+    def load(cls, path: Path) -> SpliceProfile | None:
+        """None where the profile is of other calibrations only.
+
+        Raises:
+            ProfileError: the file is no profile.
+        """
         try:
-            return cls(**json.loads(path.read_text())["splice"])
+            raw = json.loads(path.read_text())
+            if "splice" not in raw and any(part in raw for part in ("exit", "skip")):
+                return None
+            return cls(**raw["splice"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ProfileError(f"{path} is no splice profile: {error!r}") from error
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"splice": asdict(self)}, indent=1) + "\n")
+        """Write it; what the file has of other calibrations stays."""
+        raw = json.loads(path.read_text()) if path.exists() else {}
+        raw["splice"] = asdict(self)
+        path.write_text(json.dumps(raw, indent=1) + "\n")
 
 
 def fingerprint(model_path: Path) -> str:
@@ -83,7 +93,8 @@ def fingerprint(model_path: Path) -> str:
 def shipped_profiles() -> list[SpliceProfile]:
     """The profiles of the embedded models."""
     folder = Path(str(files("rksc_sglang.asks") / "profiles"))
-    return [SpliceProfile.load(path) for path in sorted(folder.glob("*.json"))]
+    found = [SpliceProfile.load(path) for path in sorted(folder.glob("*.json"))]
+    return [profile for profile in found if profile is not None]
 
 
 @dataclass(frozen=True)
@@ -121,10 +132,11 @@ def _calibrated(config: RkscConfig, model_path: Path) -> tuple[float, float, str
     if config.mode == "paper":
         return PAPER_TAU, 0.0, "the paper"
     if config.profile:
-        profile = SpliceProfile.load(Path(config.profile))
-        if profile.model != fingerprint(model_path):
-            raise ProfileError(f"--rksc-profile {config.profile} was calibrated on another model")
-        return profile.tau, profile.margin, f"the profile {config.profile}"
+        given = SpliceProfile.load(Path(config.profile))
+        if given is not None:
+            if given.model != fingerprint(model_path):
+                raise ProfileError(f"--rksc-profile {config.profile} is of another model")
+            return given.tau, given.margin, f"the profile {config.profile}"
     if (model_path / "config.json").exists():
         model = fingerprint(model_path)
         for profile in shipped_profiles():

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+#: A threshold that no lead reaches.
+NEVER = 1e9
 #: The paper's constants (section 3.2): least layers, nats of entropy, nats between two layers.
 PAPER_FIRST_LAYER, PAPER_ENTROPY, PAPER_CHANGE = 2, 8.0, 3.0
 
@@ -51,21 +53,26 @@ class ExitRule(Protocol):
 
 @dataclass(frozen=True)
 class CalibratedRule:
-    """Exit when the corrected margin is wide, and the same label has led for some checks.
+    """Exit when the corrected lead of a label is wide, and it has led for some checks.
+
+    A candidate that is rejected cannot win, whatever the exact score; one that is accepted is
+    ranked among the others by it. So the two have thresholds of their own.
 
     A middle layer's lens has a scale and a bias of its own: its logits are corrected by a factor
     for each check and an offset for each check and label, fitted in calibration.
 
     Attributes:
         scale: [checks]; offset: [checks][labels].
-        threshold: [checks] least lead of the first label over the second, nats.
+        accept: [checks] least lead of the first label, the good one, over all others, nats.
+        reject: [checks] least lead of another label over the first.
         patience: checks in which the same label must have led, the present one included.
     """
 
     layers: tuple[int, ...]
     scale: tuple[float, ...]
     offset: tuple[tuple[float, ...], ...]
-    threshold: tuple[float, ...]
+    accept: tuple[float, ...]
+    reject: tuple[float, ...]
     patience: int = 1
     needs_entropy: bool = False
 
@@ -83,9 +90,10 @@ class CalibratedRule:
         if len(lens) < self.patience:
             return torch.zeros(lens.shape[1], dtype=torch.bool, device=lens.device)
         corrected = self._corrected(lens)
-        first, second = corrected[-1].topk(2, dim=1).values.unbind(1)
+        lead = corrected[-1, :, 0] - corrected[-1, :, 1:].max(1).values
         leaders = corrected[-self.patience :].argmax(2)
-        wide = first - second >= self.threshold[len(lens) - 1]
+        check = len(lens) - 1
+        wide = (lead >= self.accept[check]) | (-lead >= self.reject[check])
         return wide & (leaders == leaders[-1]).all(0)
 
 

@@ -1,34 +1,33 @@
-"""The calibrated exit of a model, a part of its profile: read and checked."""
+"""The calibrated exit and skip of a model, parts of its profile: read, checked and written."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rksc_sglang.cgee.exit_rule import CalibratedRule
-
-#: The profile's part of a model's JSON profile.
-PART = "exit"
+from rksc_sglang.cgee.skip_gate import CalibratedGate
 
 
 class ExitProfileError(ValueError):
-    """A profile has no usable exit in it; the message says why."""
+    """A profile cannot be used for early exit; the message says why."""
 
 
 @dataclass(frozen=True)
 class ExitProfile:
-    """When verifications of one model may stop.
+    """When verifications of one model may stop at a middle layer.
 
     Attributes:
         model: fingerprint of the model (:func:`rksc_sglang.asks.profile.fingerprint`).
         labels: token ids of the labels that it was calibrated for, in order.
-        rule: with the thresholds that hold the risk.
-        risk, delta: the share of verdicts that stopping may change, and the chance that the
-            calibration promises it wrongly.
-        evidence: counts, bounds and curves.
+        risk, delta: the share of problems that may lose their right answer to it, and the chance
+            that this promise is wrong.
+        evidence: counts and curve.
     """
+
+    PART: ClassVar[str] = "exit"
 
     model: str
     labels: tuple[int, ...]
@@ -38,34 +37,80 @@ class ExitProfile:
     evidence: dict[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> ExitProfile | None:
-        """None where the file is a profile without an exit.
+    def of(cls, raw: dict[str, Any]) -> ExitProfile:
+        rule = raw["rule"]
+        return cls(
+            model=raw["model"],
+            labels=tuple(raw["labels"]),
+            rule=CalibratedRule(
+                layers=tuple(rule["layers"]),
+                scale=tuple(rule["scale"]),
+                offset=tuple(tuple(offset) for offset in rule["offset"]),
+                accept=tuple(rule["accept"]),
+                reject=tuple(rule["reject"]),
+                patience=rule["patience"],
+            ),
+            risk=raw["risk"],
+            delta=raw["delta"],
+            evidence=raw["evidence"],
+        )
 
-        Raises:
-            ExitProfileError: it is no profile, or its exit is malformed.
-        """
-        try:
-            raw = json.loads(path.read_text())
-            if PART not in raw:
-                return None
-            part = raw[PART]
-            rule = part["rule"]
-            return cls(
-                model=part["model"],
-                labels=tuple(part["labels"]),
-                rule=CalibratedRule(
-                    layers=tuple(rule["layers"]),
-                    scale=tuple(rule["scale"]),
-                    offset=tuple(tuple(offset) for offset in rule["offset"]),
-                    threshold=tuple(rule["threshold"]),
-                    patience=rule["patience"],
-                ),
-                risk=part["risk"],
-                delta=part["delta"],
-                evidence=part["evidence"],
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ExitProfileError(f"{path} is no profile: {error!r}") from error
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+@dataclass(frozen=True)
+class SkipProfile:
+    """When groups of one model need no verification; fields as of :class:`ExitProfile`."""
+
+    PART: ClassVar[str] = "skip"
+
+    model: str
+    gate: CalibratedGate
+    risk: float
+    delta: float
+    evidence: dict[str, Any]
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> SkipProfile:
+        gate = CalibratedGate(tuple(raw["gate"]["weights"]), raw["gate"]["threshold"])
+        return cls(raw["model"], gate, raw["risk"], raw["delta"], raw["evidence"])
+
+
+@dataclass(frozen=True)
+class CgeeProfile:
+    """What one profile file has for early exit; None where it was not calibrated."""
+
+    exit: ExitProfile | None = None
+    skip: SkipProfile | None = None
+
+
+def profile_of(path: str | None, model: str) -> CgeeProfile:
+    """What a profile file has for a model.
+
+    Args:
+        path: of the file; None where no profile was given.
+        model: the model's fingerprint.
+
+    Raises:
+        ExitProfileError: the file is no profile, a part of it is malformed, or another model's.
+    """
+    if path is None:
+        return CgeeProfile()
+    try:
+        raw = json.loads(Path(path).read_text())
+        exit_, skip = raw.get(ExitProfile.PART), raw.get(SkipProfile.PART)
+        found = CgeeProfile(
+            exit=ExitProfile.of(exit_) if exit_ is not None else None,
+            skip=SkipProfile.of(skip) if skip is not None else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExitProfileError(f"{path} is no profile: {error!r}") from error
+    for part in (found.exit, found.skip):
+        if part is not None and part.model != model:
+            raise ExitProfileError(f"--rksc-profile {path} is of another model")
+    return found
+
+
+def update_profile(path: Path, part: ExitProfile | SkipProfile) -> None:
+    """Put a part into a profile file, in the place of an older one of its kind."""
+    raw = json.loads(path.read_text()) if path.exists() else {}
+    raw[part.PART] = asdict(part)
+    path.write_text(json.dumps(raw, indent=1) + "\n")

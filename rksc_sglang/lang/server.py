@@ -12,6 +12,8 @@ from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
+from rksc_sglang.cgee.skip_gate import CalibratedGate
+
 
 class ServerError(RuntimeError):
     """The server refused a request of RKSC's frontend, or did not answer."""
@@ -25,12 +27,16 @@ class Server:
         self._endpoint = weakref.proxy(endpoint)
         self._lock = threading.Lock()
         self._has_rksc: bool | None = None
+        self._verify: dict[str, Any] = {}
 
     def has_rksc(self) -> bool:
         """Whether RKSC is on there; warns once for a server where it is not."""
         with self._lock:
             if self._has_rksc is None:
-                self._has_rksc = self._request("/rksc/status").status_code == 200
+                answer = self._request("/rksc/status")
+                self._has_rksc = answer.status_code == 200
+                if self._has_rksc:
+                    self._verify = answer.json()["ranks"][0].get("verify") or {}
                 if not self._has_rksc:
                     warnings.warn(
                         f"{self._endpoint.base_url} runs SGLang without RKSC: programs work as "
@@ -38,6 +44,13 @@ class Server:
                         stacklevel=2,
                     )
             return self._has_rksc
+
+    def skip_gate(self) -> CalibratedGate | None:
+        """The calibrated gate in the server's profile; None where there is none."""
+        if not self.has_rksc() or not self._verify.get("skip"):
+            return None
+        gate = self._verify["skip"]["gate"]
+        return CalibratedGate(tuple(gate["weights"]), gate["threshold"])
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Send JSON, return the answer's JSON.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,14 @@ from typing import Any
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
+from rksc_sglang.cgee.skip_gate import PaperGate, SkipGate, gather
 from rksc_sglang.lang.branches import BranchGroup
 from rksc_sglang.lang.executor import settle
 from rksc_sglang.lang.node import SglVerdict
 from rksc_sglang.lang.scoring import LabelScores, Question, VerifyError, make_question, score
+from rksc_sglang.lang.server import server_of
+
+SKIPS = ("calibrated", "paper")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Verdict:
         confidences: mean top-1 probability of the branch's generated tokens, up to its end;
             None where the branch has no log-probabilities.
         skipped: branch -> why it was not verified.
+        gate: what let the whole group go unverified, None where it was verified.
         prompt_tokens: of all verification prompts together.
         computed_tokens: of those, the ones that were not in the KV cache.
         spliced_tokens: of those, the ones whose KV was computed behind another context.
@@ -43,11 +48,36 @@ class Verdict:
     verdicts: list[str | None]
     confidences: list[float | None]
     skipped: dict[int, str] = field(default_factory=dict)
+    gate: str | None = None
     prompt_tokens: int = 0
     computed_tokens: int = 0
     spliced_tokens: int = 0
     exit_layers: list[int | None] = field(default_factory=list)
     seconds: float = 0.0
+
+    def explain(self) -> str:
+        """In words: who won, what was skipped and why, and what it cost."""
+        lines = []
+        if self.gate is not None:
+            lines.append(f"branch {self.winner} won without verification: {self.gate}")
+        elif self.winner is None:
+            lines.append("no branch was verified")
+        else:
+            lines.append(
+                f"branch {self.winner} won: {self.labels[0]} {self.scores[self.winner]:.3f}"
+            )
+        for branch, value in enumerate(self.scores):
+            if value is None:
+                lines.append(f"  branch {branch}: not verified, {self.skipped[branch]}")
+                continue
+            layer = self.exit_layers[branch]
+            where = "" if layer is None else f", stopped after layer {layer}"
+            lines.append(f"  branch {branch}: {self.labels[0]} {value:.3f}{where}")
+        lines.append(
+            f"{self.computed_tokens} of {self.prompt_tokens} prompt tokens computed, "
+            f"{self.spliced_tokens} spliced, {1000 * self.seconds:.0f} ms"
+        )
+        return "\n".join(lines)
 
 
 def verify(
@@ -59,6 +89,8 @@ def verify(
     system: str | None = None,
     share: str | None = None,
     exit: str | None = None,
+    skip: str | None = None,
+    extract: Callable[[str], Hashable | None] = str.strip,
 ) -> Verdict:
     """Ask the model about each branch and pick a winner.
 
@@ -79,17 +111,28 @@ def verify(
         exit: when a verification's pass may stop at a middle layer: "off", "layer" (by the model's
             calibrated rule), "paper" (by the paper's), "observe" (never; the answer shows what the
             layers say); None leaves it to the server.
+        skip: "calibrated" or "paper": a group whose branches are sure enough, or agree, is not
+            verified at all, by the gate in the server's profile or by the paper's. Where a branch
+            has no confidence, all are verified.
+        extract: what a branch's answer comes down to, for the gate; None where there is none.
 
     Raises:
-        VerifyError: no branches, or labels that collide or do not fit, by name.
+        VerifyError: no branches, or labels that collide or do not fit, by name; a ``skip`` that
+            the server has no gate for.
     """
     start = time.perf_counter()
     asked_for = make_question(question, labels, system, share, exit)
     states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
     if not states:
         raise VerifyError("branches: expected at least one")
+    if skip not in (None, *SKIPS):
+        raise VerifyError(f"skip: expected one of {', '.join(SKIPS)}, got {skip!r}")
     if isinstance(states[0], TracerProgramState):
         return _trace(states, var, asked_for)
+    if skip is not None:
+        verdict = _skip(states, branches, var, skip, extract, start)
+        if verdict is not None:
+            return verdict
 
     stopped = branches.stopped if isinstance(branches, BranchGroup) else set()
 
@@ -129,6 +172,56 @@ def verify(
         computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
         spliced_tokens=sum((o.rksc or {}).get("spliced_tokens", 0) for o in asked.values()),
         exit_layers=[asked[b].exit_layer if b in asked else None for b in range(len(states))],
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _gate(skip: str, state: ProgramState) -> SkipGate:
+    if skip == "paper":
+        return PaperGate()
+    server = server_of(state.stream_executor.backend)
+    gate = server.skip_gate() if server is not None else None
+    if gate is None:
+        raise VerifyError("skip: this server has no calibrated gate, see rksc_sglang.calibrate")
+    return gate
+
+
+def _skip(
+    states: list[ProgramState],
+    branches: Any,
+    var: str,
+    skip: str,
+    extract: Callable[[str], Hashable | None],
+    start: float,
+) -> Verdict | None:
+    """The verdict of a group that needs no verification; None where it does."""
+    gate = _gate(skip, states[0])
+    stopped = branches.stopped if isinstance(branches, BranchGroup) else set()
+    usable = [
+        branch
+        for branch, state in enumerate(states)
+        if branch not in stopped and settle(state) is None and var in state
+    ]
+    confidences = [_confidence(state, var) for state in states]
+    known = [confidence for b in usable if (confidence := confidences[b]) is not None]
+    if not usable or len(known) < len(usable):
+        return None
+    place = gate.winner(gather([extract(states[branch][var]) for branch in usable], known))
+    if place is None:
+        return None
+    winner = usable[place]
+    if isinstance(branches, BranchGroup):
+        branches.report({winner: "won"})
+    nothing: list[Any] = [None] * len(states)
+    return Verdict(
+        winner=winner,
+        labels=(),
+        scores=nothing,
+        verdicts=nothing,
+        confidences=confidences,
+        skipped=dict.fromkeys(range(len(states)), "the group was decided before"),
+        gate=f"the {skip} gate",
+        exit_layers=nothing,
         seconds=time.perf_counter() - start,
     )
 

@@ -316,7 +316,7 @@ class RkscScheduler(stock.Scheduler):
                 "capacity_tokens": self.max_total_num_tokens,
                 "timings": cache.timings() if isinstance(cache, RkscRadixCache) else None,
             },
-            "layer_exit": self.rksc_verifications.to_dict() if self.rksc_verifications else None,
+            "verify": self.rksc_verifications.to_dict() if self.rksc_verifications else None,
             "splice": self.rksc_splicer.to_dict() if self.rksc_splicer else None,
         }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.runtime_context import get_parallel
 
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.cgee.exit_rule import CalibratedRule, ExitRule, paper_rule
+from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule, ExitRule, paper_rule
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
-from rksc_sglang.cgee.profile import ExitProfile, ExitProfileError
+from rksc_sglang.cgee.profile import ExitProfileError, profile_of
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import RequestContract
 
@@ -79,7 +80,9 @@ class Verifications:
         self.num_layers = scheduler.model_config.num_hidden_layers
         _refuse_server(scheduler)
         try:
-            self.profile = _profile_of(config, Path(scheduler.model_config.model_path))
+            path = Path(scheduler.model_config.model_path)
+            found = profile_of(config.profile, fingerprint(path) if config.profile else "")
+            self.profile, self.skip = found.exit, found.skip
             self.exit = LayerExit(runner.model, runner.attn_backend, self._candidates, on_error)
         except (UnsupportedModel, ExitProfileError) as error:
             raise Unsupported(str(error)) from error
@@ -140,16 +143,17 @@ class Verifications:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """For the status page."""
-        if self.profile is None:
-            return {"calibrated": False}
-        profile = self.profile
+        """For the status page, where the frontend finds the skip gate."""
+        exit_, skip = self.profile, self.skip
         return {
-            "calibrated": True,
-            "risk": profile.risk,
-            "delta": profile.delta,
-            "labels": list(profile.labels),
-            "layers": list(profile.rule.layers),
+            "exit": exit_
+            and {
+                "risk": exit_.risk,
+                "delta": exit_.delta,
+                "labels": list(exit_.labels),
+                "layers": list(exit_.rule.layers),
+            },
+            "skip": skip and {"risk": skip.risk, "delta": skip.delta, "gate": asdict(skip.gate)},
         }
 
 
@@ -171,21 +175,8 @@ def _never(num_layers: int, labels: int) -> CalibratedRule:
     """A rule that looks after every layer and never stops anyone."""
     layers = tuple(range(1, num_layers))
     ones, zeros = (1.0,) * len(layers), ((0.0,) * labels,) * len(layers)
-    return CalibratedRule(layers, ones, zeros, (float("inf"),) * len(layers))
-
-
-def _profile_of(config: RkscConfig, model_path: Path) -> ExitProfile | None:
-    """The given profile's exit, or the shipped one of this model.
-
-    Raises:
-        ExitProfileError: the given one is malformed, or another model's.
-    """
-    if config.profile:
-        profile = ExitProfile.load(Path(config.profile))
-        if profile is not None and profile.model != fingerprint(model_path):
-            raise ExitProfileError(f"--rksc-profile {config.profile} is of another model")
-        return profile
-    return None
+    never = (NEVER,) * len(layers)
+    return CalibratedRule(layers, ones, zeros, never, never)
 
 
 def _refuse_server(scheduler: Any) -> None:

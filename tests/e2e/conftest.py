@@ -59,13 +59,6 @@ def server(smollm2: Path, logs: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def reasoner(logs: Path) -> Iterator[str]:
-    """URL of an rksc server in mode exact that serves the reasoner."""
-    with serving(logs, reasoner=["--rksc-model", "reasoner", "--dtype", "float32"]) as urls:
-        yield urls["reasoner"]
-
-
-@pytest.fixture(scope="session")
 def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     """URL of a server in mode balanced; SGLang stops it when a slot leaks."""
     flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]

@@ -7,6 +7,7 @@ import pytest
 import sglang as sgl
 
 import rksc_sglang as rksc
+from rksc_sglang.cgee.skip_gate import PaperGate, gather
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +181,45 @@ def test_against_plain_sglang_all_works_and_it_says_so_once(stock_tiny):
             assert verdict.skipped == {}
     said = [w for w in caught if "without RKSC" in str(w.message)]
     assert len(said) == 1
+
+
+def test_the_papers_gate_skips_what_its_rules_say(backend):
+    @sgl.function
+    def program(s, question):
+        s += sgl.system("You answer questions in a few words.")
+        s += sgl.user(question)
+        branches = rksc.fork(s, 3)
+        branches += sgl.assistant(sgl.gen("answer", max_tokens=12, temperature=0.7))
+        in_full = rksc.verify(branches, "answer")
+        return branches, in_full, rksc.verify(branches, "answer", skip="paper")
+
+    skipped = 0
+    for question in ("What is the capital of France?", "Name a color.", "Name a river.", "1+1?"):
+        branches, in_full, verdict = program.run(question, backend=backend).ret_value
+        answers = [branch["answer"].strip() for branch in branches]
+        expected = PaperGate().winner(gather(answers, in_full.confidences))
+        if expected is None:
+            assert verdict.gate is None
+            assert verdict.winner == in_full.winner
+            continue
+        skipped += 1
+        assert (verdict.winner, verdict.gate) == (expected, "the paper gate")
+        assert verdict.prompt_tokens == 0
+        assert "won without verification" in verdict.explain()
+    print(f"{skipped} of 4 groups were skipped")
+
+
+def test_a_gate_that_is_not_there_is_an_error(backend):
+    @sgl.function
+    def program(s):
+        branches = rksc.fork(s + "One, two,", 2)
+        branches += sgl.gen("answer", max_tokens=2)
+        return branches
+
+    branches = program.run(backend=backend).ret_value
+    with pytest.raises(rksc.VerifyError, match="no calibrated gate"):
+        rksc.verify(branches, "answer", skip="calibrated")
+    with pytest.raises(rksc.VerifyError, match="skip: expected one of"):
+        rksc.verify(branches, "answer", skip="always")
+    with pytest.raises(rksc.VerifyError, match="exit: expected one of"):
+        rksc.verify(branches, "answer", exit="never")

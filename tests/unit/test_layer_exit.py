@@ -16,11 +16,10 @@ LAYERS, VOCABULARY = 6, 1000
 CHECKS = (2, 3, 5)
 
 
-def rule_of(threshold, patience=1):
+def rule_of(accept, reject=None, patience=1):
     checks = len(CHECKS)
-    return CalibratedRule(
-        CHECKS, (1.0,) * checks, ((0.0, 0.1),) * checks, (threshold,) * checks, patience
-    )
+    thresholds = [(width,) * checks for width in (accept, accept if reject is None else reject)]
+    return CalibratedRule(CHECKS, (1.0,) * checks, ((0.0, 0.1),) * checks, *thresholds, patience)
 
 
 class Runner:
@@ -104,8 +103,8 @@ requests = st.lists(st.tuples(st.one_of(st.just([]), tokens), tokens), min_size=
 def test_a_batch_exits_as_each_request_alone(runner, requests, data):
     rows = data.draw(st.sets(st.integers(0, len(requests) - 1)))
     patience = data.draw(st.integers(1, 2))
-    threshold = data.draw(st.sampled_from([0.0, 0.5, 2.0, 5.0]))
-    rule = rule_of(threshold, patience)
+    accept, reject = (data.draw(st.sampled_from([0.0, 0.5, 2.0, 5.0, 1e9])) for _ in range(2))
+    rule = rule_of(accept, reject, patience)
     plain = runner.run(requests)
     plain_kv = [runner.kv_of(req) for req in runner.reqs]
 

@@ -1,0 +1,134 @@
+"""Branches and their verifications, recorded from a live server: what calibration replays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import requests
+
+from rksc_sglang.cgee.calibration import Judged
+from rksc_sglang.models.dialogues import END, NO, YES, Turn, prompt_of
+
+QUESTION = "Is the answer above correct? Reply with YES or NO."
+
+
+class RecordError(RuntimeError):
+    """The server cannot be recorded; the message says why."""
+
+
+class Sample(NamedTuple):
+    """A generated solution.
+
+    Attributes:
+        tokens: how many it took.
+        confidence: mean over them of the most probable alternative's probability.
+    """
+
+    text: str
+    tokens: int
+    confidence: float
+
+
+class Verified(NamedTuple):
+    """What a full verification says.
+
+    Attributes:
+        final: [labels] log-probabilities.
+        lens: [layers - 1][labels] lens logits; empty where they were not asked for.
+    """
+
+    final: list[float]
+    lens: list[list[float]]
+
+
+class Recorder:
+    """Asks one server, in the reasoner's chat format.
+
+    Raises:
+        RecordError: YES and NO are not single tokens of its model.
+    """
+
+    def __init__(self, url: str, max_tokens: int = 160) -> None:
+        self.url = url
+        self.max_tokens = max_tokens
+        self.labels = [self._label(text) for text in (YES, NO)]
+
+    def _post(self, route: str, body: Mapping[str, Any]) -> Any:
+        try:
+            answer = requests.post(self.url + route, json=body, timeout=600)
+            answer.raise_for_status()
+            return answer.json()
+        except (requests.RequestException, ValueError) as error:
+            raise RecordError(f"{self.url}: {error!r}") from error
+
+    def _label(self, text: str) -> int:
+        tokens = self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        if len(tokens) != 1:
+            raise RecordError(f"the verdict {text!r} is not a single token of this model")
+        return tokens[0]
+
+    def solve(self, question: str, count: int, temperature: float) -> list[Sample]:
+        """``count`` solutions of a question; greedy at temperature 0."""
+        body = {
+            "text": prompt_of([Turn("user", question)]),
+            "sampling_params": {
+                "max_new_tokens": self.max_tokens,
+                "temperature": temperature,
+                "n": count,
+                "stop": [END],
+            },
+            "return_logprob": True,
+            "top_logprobs_num": 1,
+        }
+        answers = self._post("/generate", body)
+        samples = []
+        for answer in answers if isinstance(answers, list) else [answers]:
+            meta = answer["meta_info"]
+            top = [math.exp(token[0][0]) for token in meta["output_top_logprobs"]]
+            confidence = sum(top) / len(top)
+            samples.append(Sample(answer["text"], meta["completion_tokens"], confidence))
+        return samples
+
+    def verify(self, question: str, solution: str, observe: bool = False) -> Verified:
+        """Ask about a solution behind its own conversation; with what each layer says, if asked."""
+        turns = [Turn("user", question), Turn("assistant", solution), Turn("user", QUESTION)]
+        params: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0}
+        if observe:
+            contract = {"share": "exact", "verify": {"labels": [YES, NO], "exit": "observe"}}
+            params["custom_params"] = {"rksc": contract}
+        body = {
+            "text": prompt_of(turns),
+            "sampling_params": params,
+            "return_logprob": True,
+            "token_ids_logprob": self.labels,
+        }
+        meta = self._post("/generate", body)["meta_info"]
+        found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
+        final = [found[token] for token in self.labels]
+        if not observe:
+            return Verified(final, [])
+        lens = meta.get("rksc", {}).get("lens")
+        if not lens:
+            reason = meta.get("rksc", {}).get("fallback")
+            raise RecordError(f"this server does not show what its layers say: {reason}")
+        return Verified(final, lens)
+
+    def group(
+        self,
+        question: str,
+        count: int,
+        temperature: float,
+        extract: Callable[[str], str | None],
+        is_right: Callable[[str | None], bool],
+    ) -> Sequence[Judged]:
+        """A problem's branches, each verified in full."""
+        judged = []
+        for sample in self.solve(question, count, temperature):
+            answer = extract(sample.text)
+            verified = self.verify(question, sample.text, observe=True)
+            judged.append(
+                Judged(answer, is_right(answer), sample.confidence, verified.lens, verified.final)
+            )
+        return judged
