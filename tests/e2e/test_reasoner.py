@@ -1,5 +1,8 @@
 """``--rksc-model reasoner``: it solves and judges through the frontend."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,19 @@ def test_it_tells_a_right_solution_from_a_wrong_one(reasoner):
     assert verdict.labels == ("YES", "NO")
     assert verdict.winner == 1
     assert verdict.exit_layers == [None, None]
+
+
+def test_the_program_of_the_documentation(reasoner, tmp_path):
+    (program,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/verification.md").read_text(), re.DOTALL
+    )
+    script = tmp_path / "program.py"
+    script.write_text(program.replace("http://localhost:30000", reasoner))
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "won" in done.stdout
 
 
 def test_a_profile_lets_verifications_stop_early(reasoner):
