@@ -37,7 +37,7 @@ from rksc_sglang.server_process import ServerFailedError, ServerProcess
 #: Problems that are asked at the same time.
 CONCURRENT = 4
 #: Of the recorded problems: for the models; the others are for the thresholds.
-FIT_SHARE = 1 / 3
+FIT_SHARE = 1 / 4
 
 Ask = Callable[[Recorder], Group]
 
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines of question and answer; the reasoner's own problems if none is given",
     )
-    add("--problems", type=int, default=1800, help="problems to record at most")
+    add("--problems", type=int, default=2400, help="problems to record at most")
     add("--branches", type=int, default=8, help="branches a problem")
     add("--temperature", type=float, default=0.8, help="of the branches")
     add("--max-tokens", type=int, default=160, help="of a branch")

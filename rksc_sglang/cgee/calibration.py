@@ -62,16 +62,26 @@ class Judged:
 Group = Sequence[Judged]
 
 
-def full_winner(group: Group, scores: np.ndarray | None = None) -> int:
-    """The branch that verification prefers, as ``rksc.verify`` chooses it.
+def full_winner(group: Group) -> int:
+    """The branch that full verification prefers, as ``rksc.verify`` chooses it."""
+    (winner,) = winners([group], np.array([judged.final for judged in group]))
+    return winner
+
+
+def winners(groups: Sequence[Group], scores: np.ndarray) -> list[int]:
+    """The branch of each group that these scores prefer.
 
     Args:
-        scores: [branches, labels] logits in the place of the recorded ones.
+        scores: [branches of all groups, labels] logits.
     """
-    logits = np.array([judged.final for judged in group]) if scores is None else scores
-    logits = logits - logits.max(1, keepdims=True)
-    probability = np.exp(logits)[:, 0] / np.exp(logits).sum(1)
-    return max(range(len(group)), key=lambda b: (probability[b], group[b].confidence, -b))
+    others = np.logaddexp.reduce(scores[:, 1:], axis=1)
+    odds = (scores[:, 0] - others).tolist()  # in the order of the first label's probability
+    found, start = [], 0
+    for group in groups:
+        places = range(len(group))
+        found.append(max(places, key=lambda b: (odds[start + b], group[b].confidence, -b)))
+        start += len(group)
+    return found
 
 
 def replay(rule: ExitRule, judged: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
@@ -164,13 +174,11 @@ def exit_errors(groups: Sequence[Group], rule: ExitRule) -> tuple[int, int, floa
     """Errors caused, errors mended, and the mean layer at which a verification ends."""
     everyone = [judged for group in groups for judged in group]
     layers, scores = replay(rule, everyone)
-    caused = mended = start = 0
-    for group in groups:
-        before = group[full_winner(group)].right
-        after = group[full_winner(group, scores[start : start + len(group)])].right
-        caused += before and not after
-        mended += after and not before
-        start += len(group)
+    before = winners(groups, np.array([judged.final for judged in everyone]))
+    caused = mended = 0
+    for group, full, early in zip(groups, before, winners(groups, scores)):
+        caused += group[full].right and not group[early].right
+        mended += group[early].right and not group[full].right
     return caused, mended, float(layers.mean())
 
 

@@ -32,14 +32,18 @@ class Sample(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a full verification says.
+    """What a verification says.
 
     Attributes:
-        final: [labels] log-probabilities.
+        final: [labels] log-probabilities, of the layer where it stopped.
+        layer: where it stopped, None: it did not.
+        scores: [labels] what the verdict is made of: ``final``, or the server's estimate of it.
         lens: [layers - 1][labels] lens logits; empty where they were not asked for.
     """
 
     final: list[float]
+    layer: int | None
+    scores: list[float]
     lens: list[list[float]]
 
 
@@ -91,12 +95,24 @@ class Recorder:
             samples.append(Sample(answer["text"], meta["completion_tokens"], confidence))
         return samples
 
-    def verify(self, question: str, solution: str, observe: bool = False) -> Verified:
-        """Ask about a solution behind its own conversation; with what each layer says, if asked."""
-        turns = [Turn("user", question), Turn("assistant", solution), Turn("user", QUESTION)]
+    def cache(self, question: str, solution: str) -> None:
+        """Have the server compute a branch, as its generation would have."""
+        text = prompt_of([Turn("user", question)]) + solution
+        self._post("/generate", {"text": text, "sampling_params": {"max_new_tokens": 0}})
+
+    def verify(
+        self, question: str, solution: str, exit_: str | None = None, asked: str = QUESTION
+    ) -> Verified:
+        """Ask about a solution behind its own conversation.
+
+        Args:
+            exit_: as in the request contract; None sends none, for servers without RKSC.
+            asked: the question about it.
+        """
+        turns = [Turn("user", question), Turn("assistant", solution), Turn("user", asked)]
         params: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0}
-        if observe:
-            contract = {"share": "exact", "verify": {"labels": [YES, NO], "exit": "observe"}}
+        if exit_ is not None:
+            contract = {"share": "exact", "verify": {"labels": [YES, NO], "exit": exit_}}
             params["custom_params"] = {"rksc": contract}
         body = {
             "text": prompt_of(turns),
@@ -107,13 +123,11 @@ class Recorder:
         meta = self._post("/generate", body)["meta_info"]
         found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
         final = [found[token] for token in self.labels]
-        if not observe:
-            return Verified(final, [])
-        lens = meta.get("rksc", {}).get("lens")
-        if not lens:
-            reason = meta.get("rksc", {}).get("fallback")
-            raise RecordError(f"this server does not show what its layers say: {reason}")
-        return Verified(final, lens)
+        info = meta.get("rksc") or {}
+        if info.get("fallback"):
+            raise RecordError(f"exit {exit_!r} was not to be had: {info['fallback']}")
+        scores = info.get("label_scores") or final
+        return Verified(final, info.get("exit_layer"), scores, info.get("lens") or [])
 
     def group(
         self,
@@ -127,7 +141,7 @@ class Recorder:
         judged = []
         for sample in self.solve(question, count, temperature):
             answer = extract(sample.text)
-            verified = self.verify(question, sample.text, observe=True)
+            verified = self.verify(question, sample.text, "observe")
             judged.append(
                 Judged(answer, is_right(answer), sample.confidence, verified.lens, verified.final)
             )

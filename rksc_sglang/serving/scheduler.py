@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import scheduler as stock
@@ -118,6 +119,7 @@ class RkscScheduler(stock.Scheduler):
         config = RkscConfig.from_env()
         assert config is not None, "the plugin registers this class only with a configuration"
         self.rksc_config = config
+        self.rksc_prefill_seconds = 0.0  # where passes are asynchronous: until they are launched
         super().__init__(*args, **kwargs)
         collector = self.metrics_collector
         self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
@@ -266,7 +268,11 @@ class RkscScheduler(stock.Scheduler):
         if self.rksc_guard is not None and self.rksc_first_logits is not None:
             self.rksc_first_logits.batch = batch
             self.rksc_guard.on_busy()
-        return super().run_batch(batch, pp_proxy_tensors)
+        start = time.perf_counter()
+        result = super().run_batch(batch, pp_proxy_tensors)
+        if batch.forward_mode.is_extend():
+            self.rksc_prefill_seconds += time.perf_counter() - start
+        return result
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         doubted = self.rksc_doubt.review(batch.reqs) if self.rksc_doubt is not None else []
@@ -310,6 +316,7 @@ class RkscScheduler(stock.Scheduler):
             },
             "num_layers": self.model_config.num_hidden_layers,
             "counters": self.rksc_counters.snapshot(),
+            "prefill_seconds": self.rksc_prefill_seconds,
             "cache": {
                 "backend": type(cache).__name__,
                 "page_size": self.page_size,

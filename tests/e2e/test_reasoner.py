@@ -96,7 +96,7 @@ def test_a_profile_lets_verifications_stop_early(reasoner):
     early = judge.run([WRONG, RIGHT], None, backend=backend).ret_value
     assert early.exit_layers == [4, 4]
     assert "stopped after layer 4" in early.explain()
-    observed = Recorder(reasoner).verify(PROBLEM, RIGHT, observe=True)
+    observed = Recorder(reasoner).verify(PROBLEM, RIGHT, "observe")
     num_layers = requests.get(f"{reasoner}/rksc/status").json()["ranks"][0]["num_layers"]
     assert len(observed.lens) == num_layers - 1
 

@@ -16,6 +16,7 @@ from rksc_sglang.cgee.calibration import (
     needed_problems,
     replay,
     skip_errors,
+    winners,
 )
 from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule
 
@@ -133,4 +134,4 @@ def test_the_winner_is_the_one_of_rksc_verify():
         Judged("c", False, 0.9, [[0, 0]], [-3.0, -1.0]),
     ]
     assert full_winner(group) == 1
-    assert full_winner(group, np.array([[0.0, 5], [0, 5], [5, 0]])) == 2
+    assert winners([group, group], np.array([[0.0, 5], [0, 5], [5, 0]] * 2)) == [2, 2]

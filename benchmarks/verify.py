@@ -1,0 +1,393 @@
+"""What early exit saves in verifications, and what it costs in answers, on the reasoner.
+
+Problems of the calibration and of the test split are recorded once: branches, full verifications,
+and what each layer said. Thresholds come from the one, as ``rksc_sglang.calibrate`` finds them; the
+decisions of all conditions are then taken on the other, on the same samples. Times are live: each
+problem's branches are verified in full and with layer exit, in random order, and behind cached KV.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from rich.console import Console
+from rich.progress import track
+from scipy.stats import beta, binom
+
+from benchmarks import harness
+from benchmarks.harness import BenchmarkError, Row
+from benchmarks.statistics import mean_interval, paired_ratio
+from rksc_sglang.asks.profile import fingerprint
+from rksc_sglang.calibrate import FIT_SHARE, lens_layers
+from rksc_sglang.cgee.calibration import (
+    Group,
+    Judged,
+    TooLittleData,
+    calibrate_exit,
+    calibrate_skip,
+    evidence_of,
+    full_winner,
+    replay,
+    winners,
+)
+from rksc_sglang.cgee.exit_rule import CalibratedRule
+from rksc_sglang.cgee.profile import ExitProfile, update_profile
+from rksc_sglang.cgee.record import Recorder, RecordError
+from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
+from rksc_sglang.models import ensure_model
+from rksc_sglang.models.problems import Problem, extract_answer, problems
+from rksc_sglang.server_process import ServerProcess
+
+BRANCHES, MORE_BRANCHES = 8, 12
+TEMPERATURE = 0.8
+#: Of problems that may lose their right answer to early exit, by exit and skip together.
+RISKS = (0.005, 0.01, 0.02)
+SHIPPED_RISK, DELTA = 0.005, 0.05
+
+
+def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
+    """A problem's branches, verified in full; what the paper's rule does to the first eight."""
+    branches = []
+    for number, sample in enumerate(recorder.solve(problem.question, MORE_BRANCHES, TEMPERATURE)):
+        answer = extract_answer(sample.text)
+        branch: dict[str, Any] = {
+            "answer": answer,
+            "right": answer == problem.answer,
+            "confidence": sample.confidence,
+            "tokens": sample.tokens,
+            "text": sample.text,
+        }
+        if number < BRANCHES:
+            full = recorder.verify(problem.question, sample.text, "observe")
+            branch |= {"lens": _short(full.lens), "final": _short([full.final])[0]}
+            if split == "test":
+                paper = recorder.verify(problem.question, sample.text, "paper")
+                branch["paper"] = {"layer": paper.layer, "scores": _short([paper.scores])[0]}
+        branches.append(branch)
+    return {
+        "workload": split,
+        "condition": "recorded",
+        "question": problem.question,
+        "family": problem.family,
+        "difficulty": problem.difficulty,
+        "branches": branches,
+    }
+
+
+def _short(values: Iterable[Iterable[float]]) -> list[list[float]]:
+    return [[round(value, 4) for value in some] for some in values]
+
+
+def groups_of(rows: Sequence[Row], split: str) -> list[Group]:
+    names = ("answer", "right", "confidence", "lens", "final")
+    return [
+        [Judged(**{name: b[name] for name in names}) for b in row["branches"][:BRANCHES]]
+        for row in rows
+        if row["workload"] == split
+    ]
+
+
+# Decisions
+
+
+def calibrated(
+    rows: Sequence[Row], risk: float, exit_: bool, skip: bool
+) -> tuple[CalibratedRule | None, CalibratedGate | None]:
+    """What the recorded calibration split gives for a risk, shared where both are used."""
+    groups = groups_of(rows, "calibration")
+    cut = int(len(groups) * FIT_SHARE)
+    fit, test = groups[:cut], groups[cut:]
+    share = 2 if exit_ and skip else 1
+    rule = gate = None
+    layers = lens_layers(len(groups[0][0].lens) + 1)
+    try:
+        if exit_:
+            rule, _ = calibrate_exit(fit, test, layers, risk / share, DELTA / share)
+    except TooLittleData:
+        pass
+    try:
+        if skip:
+            gate, _ = calibrate_skip(fit, test, risk / share, DELTA / share)
+    except TooLittleData:
+        pass
+    return rule, gate
+
+
+def outcomes(
+    groups: Sequence[Group],
+    rule: CalibratedRule | None = None,
+    gate: Any = None,
+    stopped: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+) -> list[dict[str, Any]]:
+    """For each problem: the answer under full verification and under the condition.
+
+    Args:
+        stopped: in the place of a rule, what a live server did: layer and scores of each branch.
+    """
+    num_layers = len(groups[0][0].lens) + 1
+    everyone = [judged for group in groups for judged in group]
+    if rule is not None:
+        layers, scores = replay(rule, everyone)
+    else:
+        layers = np.full(len(everyone), num_layers)
+        scores = np.array([judged.final for judged in everyone])
+        if stopped is not None:
+            flat = [branch for some in stopped for branch in some]
+            layers = np.array([branch["layer"] or num_layers for branch in flat])
+            scores = np.array([branch["scores"] for branch in flat])
+    found, start = [], 0
+    for group, early in zip(groups, winners(groups, scores)):
+        here = slice(start, start + len(group))
+        start += len(group)
+        skipped = gate.winner(evidence_of(group)) if gate is not None else None
+        winner = early if skipped is None else skipped
+        before = full_winner(group)
+        full = np.array([judged.final for judged in group])
+        found.append(
+            {
+                "full": group[before].right,
+                "right": group[winner].right,
+                "skipped": skipped is not None,
+                "split": len({judged.answer for judged in group}) > 1,
+                "layers": layers[here].tolist() if skipped is None else [],
+                "same_verdicts": int((scores[here].argmax(1) == full.argmax(1)).sum()),
+                "branches": len(group),
+            }
+        )
+    return found
+
+
+def errors(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Errors caused, with Clopper and Pearson's bound, and errors mended, apart."""
+    caused = sum(o["full"] and not o["right"] for o in found)
+    count = max(len(found), 1)
+    return {
+        "problems": len(found),
+        "accuracy": sum(o["right"] for o in found) / count,
+        "errors": caused,
+        "error_rate": caused / count,
+        "error_upper95": float(beta.ppf(0.95, caused + 1, count - caused)) if found else None,
+        "mended": sum(o["right"] and not o["full"] for o in found),
+        "skip_rate": sum(o["skipped"] for o in found) / count,
+    }
+
+
+def _condition(found: Sequence[Mapping[str, Any]], num_layers: int) -> dict[str, Any]:
+    layers = [layer for o in found for layer in o["layers"]]
+    split = [o for o in found if o["split"]]
+    return {
+        **errors(found),
+        "split": errors(split),
+        "mean_exit_layer": float(np.mean(layers)) if layers else None,
+        "verdict_agreement": sum(o["same_verdicts"] for o in found)
+        / sum(o["branches"] for o in found),
+        # Of the layers that full verification of all groups would compute.
+        "cost": sum(layers) / (num_layers * sum(o["branches"] for o in found)),
+    }
+
+
+def skip_at_random(groups: Sequence[Group], rate: float, seed: int = 0) -> list[dict[str, Any]]:
+    """As many groups skipped as the gate does, whatever is known of them."""
+    rng = random.Random(seed)
+    found = outcomes(groups)
+    for place in rng.sample(range(len(groups)), round(rate * len(groups))):
+        leader = evidence_of(groups[place]).leader
+        right = leader is not None and groups[place][leader].right
+        found[place] |= {"right": right, "skipped": True, "layers": []}
+    return found
+
+
+def majority_of(branches: Sequence[Mapping[str, Any]]) -> bool:
+    answers = Counter(b["answer"] for b in branches if b["answer"] is not None)
+    if not answers:
+        return False
+    best = answers.most_common(1)[0][0]
+    return any(b["right"] for b in branches if b["answer"] == best)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    test = [row for row in rows if row["workload"] == "test"]
+    groups = groups_of(rows, "test")
+    num_layers = len(groups[0][0].lens) + 1
+    rule, _ = calibrated(rows, SHIPPED_RISK, True, False)
+    _, gate = calibrated(rows, SHIPPED_RISK, False, True)
+    both = calibrated(rows, SHIPPED_RISK, True, True)
+    paper = [[b["paper"] for b in row["branches"][:BRANCHES]] for row in test]
+    conditions = {
+        "full": outcomes(groups),
+        "skip": outcomes(groups, gate=gate),
+        "exit": outcomes(groups, rule),
+        "all": outcomes(groups, *both),
+        "paper": outcomes(groups, gate=PaperGate(), stopped=paper),
+        "paper_exit": outcomes(groups, stopped=paper),
+        "paper_skip": outcomes(groups, gate=PaperGate()),
+    }
+    table = {name: _condition(found, num_layers) for name, found in conditions.items()}
+    rate = table["skip"]["skip_rate"]
+    table["skip_at_random"] = _condition(skip_at_random(groups, rate), num_layers)
+    held = []
+    for risk in RISKS:
+        caused = errors(outcomes(groups, *calibrated(rows, risk, True, True)))["errors"]
+        # Not more than a rate equal to the risk would give in 19 of 20 test sets.
+        held.append({"risk": risk, "errors": caused, "most": int(binom.ppf(0.95, len(test), risk))})
+    more = [
+        float(o["right"]) - float(majority_of(row["branches"]))
+        for o, row in zip(conditions["all"], test)
+    ]
+    gain = mean_interval(more)
+    timing = [row for row in rows if row["workload"] == "timing"]
+    speeds = {name: _speed(timing, name) for name in ("forward_seconds", "wall_seconds")}
+    return {
+        "exit_speedup": speeds["forward_seconds"],
+        "exit_speedup_wall": speeds["wall_seconds"],
+        "verdict_agreement": table["exit"]["verdict_agreement"],
+        "mean_exit_layer": table["exit"]["mean_exit_layer"],
+        "num_layers": num_layers,
+        "skip_rate": rate,
+        "skip_rate_split": table["skip"]["split"]["skip_rate"],
+        "cgee_error_rate": table["all"]["error_rate"],
+        "cgee_error_upper95": table["all"]["error_upper95"],
+        "cgee_error_rate_split": table["all"]["split"]["error_rate"],
+        "mended": table["all"]["mended"],
+        "accuracy_vs_more_branches": {"value": gain.pop("mean"), **gain},
+        "tokens_saved": 1 - table["all"]["cost"],
+        "calibration_held": int(all(point["errors"] <= point["most"] for point in held)),
+        "risks": held,
+        "conditions": table,
+    }
+
+
+def _speed(timing: Sequence[Row], name: str) -> dict[str, float] | None:
+    if not timing:
+        return None
+    full, exit_ = harness.pairs(timing, "timing", name, "full", "exit")
+    return paired_ratio(full, exit_)
+
+
+# Measuring
+
+
+def record(
+    recorder: Recorder, split: Any, seed: int, count: int, description: str
+) -> Iterator[Row]:
+    drawn = list(itertools.islice(problems(split, seed), count))
+    with ThreadPoolExecutor(4) as pool:
+        done = pool.map(lambda problem: recorded(recorder, split, problem), drawn)
+        yield from track(done, description, total=count, console=Console(stderr=True))
+
+
+def forward_seconds(url: str) -> float:
+    answer = requests.get(url + "/rksc/status", timeout=60).json()
+    return answer["ranks"][0]["prefill_seconds"]
+
+
+def time_exits(url: str, rows: Sequence[Row], seed: int) -> Iterator[Row]:
+    """Verify each problem's branches, all at once, in full and with layer exit.
+
+    The branches are cached; the two ask in other words, so that neither finds the other's question.
+    """
+    recorder, rng = Recorder(url), random.Random(seed)
+    words = ["Is the answer above correct? Reply with YES or NO.", "Is it right? YES or NO."]
+    for number, row in enumerate(track(rows, "timing", console=Console(stderr=True))):
+        texts = [branch["text"] for branch in row["branches"][:BRANCHES]]
+        with ThreadPoolExecutor(BRANCHES) as pool:
+            list(pool.map(lambda t, q=row["question"]: recorder.cache(q, t), texts))
+            for place in rng.sample(range(2), 2):
+                exit_, asked = ("off", "layer")[place], words[(number + place) % 2]
+                before, start = forward_seconds(url), time.perf_counter()
+                list(
+                    pool.map(
+                        lambda t, q=row["question"], e=exit_, a=asked: recorder.verify(q, t, e, a),
+                        texts,
+                    )
+                )
+                wall = time.perf_counter() - start
+                yield {
+                    "workload": "timing",
+                    "condition": ("full", "exit")[place],
+                    "repeat": number,
+                    "position": 0,
+                    "wall_seconds": wall,
+                    "forward_seconds": forward_seconds(url) - before,
+                }
+
+
+def measure(args: Any, model: str, folder: Path) -> list[Row]:
+    calibration, count, timed = (240, 120, 40) if args.quick else (2400, 1000, 200)
+    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "balanced"]
+    flags += ["--max-total-tokens", "65536"]
+    with ServerProcess(flags, log=folder / "record.log") as server:
+        server.wait_ready()
+        recorder = Recorder(server.url)
+        rows = list(record(recorder, "calibration", args.seed, calibration, "calibration"))
+        rows += record(recorder, "test", args.seed, count, "test")
+    rule, _ = calibrated(rows, SHIPPED_RISK, True, False)
+    if rule is None:
+        print("too few problems for the risk: layer exit is not timed")
+        return rows
+    profile = folder / "profile.json"
+    part = ExitProfile(
+        fingerprint(Path(model)), tuple(recorder.labels), rule, SHIPPED_RISK, DELTA, {}
+    )
+    update_profile(profile, part)
+    with ServerProcess(
+        [*flags, "--rksc-profile", str(profile)], log=folder / "timing.log"
+    ) as server:
+        server.wait_ready()
+        test = [row for row in rows if row["workload"] == "test"][:timed]
+        rows += time_exits(server.url, test, args.seed)
+    rows.append({"workload": "rule", "condition": "exit", "rule": asdict(rule)})
+    return rows
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against the layers computed, for all conditions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, condition in summary["conditions"].items():
+        axes.scatter(condition["cost"], condition["accuracy"], label=name)
+    axes.set_xlabel("layers computed, share of full verification")
+    axes.set_ylabel("accuracy")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
+    args = parser.parse_args()
+    model = args.model_path or str(ensure_model("reasoner"))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            rows = measure(args, model, Path(folder))
+        except RecordError as error:
+            raise BenchmarkError(str(error)) from error
+    result = harness.make_result("benchmarks.verify", args, rows, ["reasoning-gym"])
+    if args.json:
+        # Half an hour's rows are kept even where they make no summary.
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result) + "\n")
+    summary = harness.report(result, args.json)["summary"]
+    if args.json:
+        plot(summary, args.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
