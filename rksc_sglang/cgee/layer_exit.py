@@ -222,7 +222,7 @@ class LayerExit:
             return hidden
         contribution, residual = _open(now.batch, hidden)
         ends = dict(zip(now.rows, now.batch.extend_seq_lens.cumsum(0).tolist()))
-        leave: set[int] = set()
+        stopped: list[tuple[_Group, list[int]]] = []
         for group in due:
             last = torch.tensor([ends[c.row] - 1 for c in group.candidates])
             last = last.to(contribution.device)
@@ -234,12 +234,13 @@ class LayerExit:
                 group.entropy.append(-(logprobs.exp() * logprobs).sum(1))
             entropy = torch.stack(group.entropy) if group.entropy else None
             decided = group.rule.decided(torch.stack(group.lens), entropy).tolist()
-            places = [place for place, stop in enumerate(decided) if stop]
-            leave |= {group.candidates[place].row for place in places}
-            group.report(places, depth)
-            group.drop(places)
+            stopped.append((group, [place for place, stop in enumerate(decided) if stop]))
+        leave = {group.candidates[place].row for group, places in stopped for place in places}
         if leave:
             contribution, residual = self._let_go(now, leave, contribution, residual)
+        for group, places in stopped:
+            group.report(places, depth)
+            group.drop(places)
         return _close(now.batch, contribution, residual)
 
     def _let_go(

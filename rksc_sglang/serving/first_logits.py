@@ -52,5 +52,8 @@ class FirstLogits:
         for row, req in zip(logits, batch.reqs):
             if req.output_ids or req.extend_end != len(req.full_untruncated_fill_ids):
                 continue  # decodes, or is a chunk that is not the last
+            exit_ = getattr(req.rksc, "exit", None)
+            if exit_ is not None and exit_.layer is not None:
+                continue  # these logits are a middle layer's
             for listener in self.listeners:
                 listener(req, row)

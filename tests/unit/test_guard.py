@@ -91,6 +91,15 @@ def test_what_was_not_spliced_is_not_shadowed(server):
     assert not server.submitted
 
 
+def test_what_stopped_at_a_middle_layer_is_not_judged(server):
+    req = server.spliced("a")
+    req.rksc.exit = SimpleNamespace(layer=4)
+    server.forward([req], [torch.zeros(VOCABULARY)])
+    server.idle(2)
+    assert not server.submitted
+    assert server.doubt.review([req]) == []
+
+
 def test_only_so_many_wait(server):
     for number in range(40):
         server.forward([server.spliced(str(number))], [peaked(1)])
