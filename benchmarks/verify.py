@@ -46,7 +46,6 @@ from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.profile import ExitProfile, update_profile
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
-from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -371,12 +370,11 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
+    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
     args = parser.parse_args()
-    model = args.model_path or str(ensure_model("reasoner"))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = measure(args, model, Path(folder))
+            rows = measure(args, args.model_path, Path(folder))
         except RecordError as error:
             raise BenchmarkError(str(error)) from error
     result = harness.make_result("benchmarks.verify", args, rows, ["reasoning-gym"])

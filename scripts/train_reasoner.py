@@ -3,8 +3,9 @@
     python scripts/train_reasoner.py --out DIR [--tokens N] [--minutes M]
 
 Ordinary next-token training on the dialogues of ``rksc_sglang.models.dialogues``, packed into
-rows; the loss is that of what the assistant ought to say. Every ``--attempts-every`` tokens the
-model's own attempts at training problems are sampled: from then on it learns to judge those.
+rows; only what the assistant ought not to have said is left out of the loss. Every
+``--attempts-every`` tokens the model's own attempts at training problems are sampled: from then on
+it learns to judge those.
 A checkpoint in DIR is resumed; DIR/loss.jsonl is the curve and DIR/model the result. Batches are
 functions of the seed and the step, so that an interrupted run goes on as if it had not been.
 """
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,13 +49,20 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over training dialogues, digits apart: words of the problems are one token."""
+    """Byte-level BPE over training dialogues, digits apart: words of the problems are one token.
+
+    A name is the same token wherever it stands, without the space in front of it, so that repeating
+    it is plain copying.
+    """
     rng = random.Random(seed)
     stream = itertools.islice(problems("train", seed), dialogues)
     texts = ("".join(map(str, make_dialogue(problem, rng))) for problem in stream)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        [
+            pre_tokenizers.Split(Regex(r" ?[a-z]+|[A-Z][a-z]+|\d|\s|[^\sa-z\d]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -70,7 +78,10 @@ def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTra
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]) -> tuple[list, list]:
-    """Token ids of a dialogue, and its labels: ``IGNORED`` but for what is learned."""
+    """Token ids of a dialogue, and its labels: ``IGNORED`` where nothing is learned.
+
+    All that users and systems say is learned too: facts and steps that they repeat teach copying.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for turn in dialogue:
@@ -78,7 +89,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]) -> tupl
         body = tokenizer.encode(f"{turn.text}{END}", add_special_tokens=False)
         tail = tokenizer.encode("\n", add_special_tokens=False)
         ids += head + body + tail
-        labels += [IGNORED] * len(head) + (body if turn.learn else [IGNORED] * len(body))
+        learn = turn.learn or turn.role != "assistant"
+        labels += [IGNORED] * len(head) + (body if learn else [IGNORED] * len(body))
         labels += [IGNORED] * len(tail)
     return ids, labels
 
@@ -374,7 +386,7 @@ def run(args: argparse.Namespace) -> None:
             if args.minutes and time.monotonic() - began > 60 * args.minutes:
                 break
     checkpoint_now()
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)  # half the size; it is computed in float32 all the same
     write_manifest(folder, {"trained_tokens": step * args.batch_tokens, "seed": args.seed})
 
 

@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from rksc_sglang.asks.profile import fingerprint
+from rksc_sglang.cgee.exit_rule import CalibratedRule
+from rksc_sglang.cgee.profile import ExitProfile, SkipProfile, update_profile
+from rksc_sglang.cgee.skip_gate import CalibratedGate
 from rksc_sglang.server_process import ServerProcess
 
 REPORT = pytest.StashKey[list[str]]()
@@ -60,8 +65,20 @@ def server(smollm2: Path, logs: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
-    """URL of a server in mode balanced; SGLang stops it when a slot leaks."""
-    flags = ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
+    """URL of a server in mode balanced; SGLang stops it when a slot leaks.
+
+    Its profile lets all verifications with Yes and No stop after half of the layers, and skips
+    groups that agree.
+    """
+    profile, model = logs / "profile.json", fingerprint(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    labels = tuple(tokenizer.convert_tokens_to_ids(label) for label in ("Yes", "No"))
+    rule = CalibratedRule((15,), (1.0,), ((0.5, -0.5),), (0.0,), (0.0,))
+    update_profile(profile, ExitProfile(model, labels, rule, 0.01, 0.05, {}))
+    gate = CalibratedGate((10.0, 0.0, 0.0, -9.0), 0.5)  # a share of more than 0.9
+    update_profile(profile, SkipProfile(model, gate, 0.01, 0.05, {}))
+    flags = ["--rksc-profile", str(profile)]
+    flags += ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
     flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]
     flags += ["--enable-metrics", "--dtype", "float32", "--rksc-margin", "0"]
     with ServerProcess(flags, log=logs / "splicing.log") as server:

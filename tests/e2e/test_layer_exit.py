@@ -4,6 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import sglang as sgl
+
+import rksc_sglang as rksc
+from rksc_sglang.cgee.record import Recorder, RecordError
 
 CHECKED = "The capital of France is Paris.\nIs that right? Answer Yes or No:"
 
@@ -89,7 +93,7 @@ def test_other_requests_of_the_batch_get_what_they_get_alone(splicing):
 @pytest.mark.parametrize(
     ("exit", "params", "reason"),
     [
-        ("layer", {"max_new_tokens": 1}, "not calibrated for this model"),
+        ("layer", {"max_new_tokens": 1}, "not calibrated for these labels"),
         ("paper", {"max_new_tokens": 4}, "only with max_new_tokens 1"),
     ],
 )
@@ -105,3 +109,36 @@ def test_labels_without_tokens_are_told(splicing):
     body = {"text": CHECKED, "sampling_params": params}
     meta = requests.post(splicing + "/generate", json=body, timeout=120).json()["meta_info"]
     assert "token_ids_logprob" in meta["rksc"]["fallback"]
+
+
+@sgl.function
+def fork_and_verify(s, skip):
+    s += sgl.system("You answer questions in a few words.")
+    s += sgl.user("What is the capital of France?")
+    branches = rksc.fork(s, 3)
+    branches += sgl.assistant(sgl.gen("answer", max_tokens=12, temperature=0))
+    exact = rksc.verify(branches, "answer", exit="off")
+    return exact, rksc.verify(branches, "answer", skip=skip, question="Really? Yes or No.")
+
+
+def test_a_profile_lets_verifications_stop_early(splicing):
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    exact, early = fork_and_verify.run(None, backend=backend).ret_value
+    assert exact.exit_layers == [None] * 3
+    assert early.labels == ("Yes", "No")
+    assert early.exit_layers == [15] * 3
+    assert all(0 < score < 1 for score in early.scores)
+    assert "stopped after layer 15" in early.explain()
+
+
+def test_a_group_that_agrees_is_not_verified(splicing):
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    _, verdict = fork_and_verify.run("calibrated", backend=backend).ret_value
+    assert verdict.gate == "the calibrated gate"
+    assert verdict.winner is not None
+    assert verdict.prompt_tokens == 0
+
+
+def test_recording_needs_the_verdicts_as_single_tokens(splicing):
+    with pytest.raises(RecordError, match="'YES' is not a single token"):
+        Recorder(splicing)

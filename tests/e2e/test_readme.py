@@ -23,6 +23,15 @@ def test_the_readmes_program(server, tmp_path):
     assert "won with" in result.stdout
 
 
+def test_the_verification_pages_program(server, tmp_path):
+    (program,) = blocks("docs/verification.md", "python")
+    script = tmp_path / "program.py"
+    script.write_text(program.replace("http://localhost:30000", server))
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "won" in result.stdout
+
+
 def test_the_contracts_request(server):
     (command,) = blocks("docs/contract.md", "bash")
     command = command.replace("localhost:30000", server.removeprefix("http://"))
