@@ -220,6 +220,8 @@ class Splicer:
     def _pays(self, req: Req, state: SpliceState, runs: list[Run], ready: int, limit: int) -> bool:
         """Whether what could be taken over is worth that the answer may be discarded for it."""
         risk = self.doubt.risk(req, state) if self.doubt is not None else 0.0
+        if not risk:
+            return True  # each stage is weighed by itself
         tokens, pieces = self.planner.total(runs, ready, limit)
         uncached = len(req.full_untruncated_fill_ids) - ready
         if self.cost is None:

@@ -212,7 +212,8 @@ def test_the_papers_gate_skips_what_its_rules_say(backend):
 def test_a_gate_that_is_not_there_is_an_error(backend):
     @sgl.function
     def program(s):
-        branches = rksc.fork(s + "One, two,", 2)
+        s += "One, two,"
+        branches = rksc.fork(s, 2)
         branches += sgl.gen("answer", max_tokens=2)
         return branches
 
