@@ -80,12 +80,15 @@ class Planner(NamedTuple):
         least = options[0][1] - self.min_tokens
         return Take([option for option in options if option[1] > least])
 
+    def next_stretch(self, runs: Sequence[Run], ready: int, limit: int) -> Compute | None:
+        """As :meth:`next_step`, where what can be taken at once is a stretch that begins here."""
+        step = self.next_step(runs, ready, limit)
+        return Compute(ready, step.options[0][1] - ready) if isinstance(step, Take) else step
+
     def total(self, runs: Sequence[Run], ready: int, limit: int) -> tuple[int, int]:
         """Tokens that could be taken over in all, and in how many pieces."""
         tokens = pieces = 0
-        while (step := self.next_step(runs, ready, limit)) is not None:
-            if isinstance(step, Take):
-                step = Compute(ready, step.options[0][1] - ready)
+        while (step := self.next_stretch(runs, ready, limit)) is not None:
             ready = step.stop + step.gain
             tokens, pieces = tokens + step.gain, pieces + 1
         return tokens, pieces

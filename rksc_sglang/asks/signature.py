@@ -18,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rksc_sglang.decoder import UnsupportedModel, decoder_layers
+
 #: Layers read, and dimensions kept of each: 8 * 32 * 2 bytes = 512 bytes a KV slot.
 LAYERS = 8
 DIMENSIONS = 32
-
-
-class UnsupportedModel(Exception):
-    """The model does not show its residual stream; the message says why."""
 
 
 def layer_weights(layers: Sequence[int], num_layers: int) -> Tensor:
@@ -118,9 +116,7 @@ def _capture(record: Any, layer: nn.Module, args: tuple, kwargs: dict[str, Any])
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModel(f"{type(model).__name__} has no list of decoder layers")
+    layers = decoder_layers(model)
     for layer in layers:
         if "capture_output" not in inspect.signature(layer.forward).parameters:
             raise UnsupportedModel(f"{type(layer).__name__} does not show its residual stream")

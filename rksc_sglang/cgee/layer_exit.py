@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rksc_sglang.cgee.exit_rule import ExitRule
+from rksc_sglang.decoder import UnsupportedModel, decoder_layers
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -51,10 +52,6 @@ _REQUEST_LISTS = (
     "lora_ids",
 )
 _TOKEN_TENSORS = ("input_ids", "positions", "out_cache_loc")
-
-
-class UnsupportedModel(Exception):
-    """Requests cannot leave this model's layers; the message says why."""
 
 
 class Candidate(NamedTuple):
@@ -340,12 +337,10 @@ def _parts(model: nn.Module) -> tuple[nn.ModuleList, nn.Module, nn.Module]:
     Raises:
         UnsupportedModel: one of them is not where it is in SGLang's models.
     """
-    inner = getattr(model, "model", None)
-    layers, norm = getattr(inner, "layers", None), getattr(inner, "norm", None)
+    layers = decoder_layers(model)
+    norm = getattr(model.model, "norm", None)
     head = getattr(model, "lm_head", None)
     name = type(model).__name__
-    if not isinstance(layers, nn.ModuleList):
-        raise UnsupportedModel(f"{name} has no list of decoder layers")
     if not isinstance(norm, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
         raise UnsupportedModel(f"{name} has no final norm and output matrix that can be used alone")
     for layer in layers:

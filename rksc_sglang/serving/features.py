@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import RequestContract
@@ -18,6 +20,31 @@ class Feature:
 
     def __str__(self) -> str:
         return f"{self.name}: on" if self.on else f"{self.name}: off ({self.reason})"
+
+
+class Unsupported(Exception):
+    """A feature cannot be on on this server; the message is the reason."""
+
+
+def refuse_beside(scheduler: Any, allowed: Collection[str]) -> None:
+    """Raise Unsupported for what SGLang is asked to do beside, except what is ``allowed``."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    for on, what in (
+        (parallel.tp_size > 1, "tensor parallelism"),
+        (parallel.pp_size > 1, "pipeline parallelism"),
+        (parallel.dp_size > 1, "data parallelism"),
+        (not scheduler.spec_algorithm.is_none(), "speculative decoding"),
+        (scheduler.enable_hierarchical_cache, "the hierarchical cache"),
+        (scheduler.enable_session_radix_cache, "session-aware caching"),
+        (scheduler.enable_lora, "LoRA"),
+        (scheduler.model_config.is_multimodal, "a multimodal model"),
+        (scheduler.model_config.is_encoder_decoder, "an encoder-decoder"),
+        (scheduler.dllm_config is not None, "a diffusion language model"),
+    ):
+        if on and what not in allowed:
+            raise Unsupported(f"not with {what}")
 
 
 def decide(

@@ -15,17 +15,16 @@ from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
 from rksc_sglang.serving.doubt import Doubt
-from rksc_sglang.serving.features import decide, fallback_reason
+from rksc_sglang.serving.features import Unsupported, decide, fallback_reason
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import is_internal
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
 from rksc_sglang.serving.probe import CostProbe
 from rksc_sglang.serving.radix_cache import RkscRadixCache
-from rksc_sglang.serving.splice_support import Unsupported, build_splicer
+from rksc_sglang.serving.splice_support import build_splicer
 from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
 from rksc_sglang.serving.verifying import ExitState, Verifications
-from rksc_sglang.serving.verifying import Unsupported as UnsupportedExit
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GetInternalStateReq, TokenizedGenerateReqInput
@@ -158,7 +157,7 @@ class RkscScheduler(stock.Scheduler):
         count = self.rksc_counters.add
         try:
             return Verifications(self, self.rksc_config, count, self._count_error), None
-        except UnsupportedExit as error:
+        except Unsupported as error:
             return None, str(error)
 
     def _make_adder_class(self) -> type[RootFirstPrefillAdder] | None:

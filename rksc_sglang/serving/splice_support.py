@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.runtime_context import get_parallel
 
 from rksc_sglang.asks.content_index import ContentIndex
 from rksc_sglang.asks.plan import Planner
@@ -18,6 +17,7 @@ from rksc_sglang.asks.rope import UnsupportedRope, find_rope
 from rksc_sglang.asks.signature import Signatures, UnsupportedModel
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
+from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import SplicingRadixCache
 
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 _COPY_PROBE_TOKENS = 256
-
-
-class Unsupported(Exception):
-    """Nothing can be spliced on this server; the message is the reason."""
 
 
 def build_splicer(
@@ -42,7 +38,7 @@ def build_splicer(
     cache = scheduler.tree_cache
     if not isinstance(cache, SplicingRadixCache):
         raise Unsupported("this server shares no prefixes")
-    refuse_server(scheduler)
+    refuse_beside(scheduler, allowed=("data parallelism", "an encoder-decoder"))
     runner = scheduler.tp_worker.model_runner
     pool = runner.token_to_kv_pool
     # The exact class: its subclasses store keys in layouts and dtypes of their own.
@@ -85,23 +81,6 @@ def build_splicer(
     splicer = Splicer(cache, signatures, planner, limits, vocab_size, count)
     splicer.copy_seconds = _measure_copy(cache, copy)
     return splicer
-
-
-def refuse_server(scheduler: Any) -> None:
-    """Raise Unsupported for what SGLang is asked to do beside, and splicing is not made for."""
-    parallel = get_parallel()
-    for on, what in (
-        (parallel.tp_size > 1, "tensor parallelism"),
-        (parallel.pp_size > 1, "pipeline parallelism"),
-        (not scheduler.spec_algorithm.is_none(), "speculative decoding"),
-        (scheduler.enable_hierarchical_cache, "the hierarchical cache"),
-        (scheduler.enable_session_radix_cache, "session-aware caching"),
-        (scheduler.enable_lora, "LoRA"),
-        (scheduler.model_config.is_multimodal, "a multimodal model"),
-        (scheduler.dllm_config is not None, "a diffusion language model"),
-    ):
-        if on:
-            raise Unsupported(f"not with {what}")
 
 
 def _measure_copy(

@@ -21,7 +21,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 
 from rksc_sglang.asks.content_index import Run
 from rksc_sglang.asks.overlap import Windows
-from rksc_sglang.asks.plan import Compute, Planner, Take
+from rksc_sglang.asks.plan import Planner, Take
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder
 from rksc_sglang.serving.internal import InternalState, is_internal, make_internal_req
 from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
@@ -191,9 +191,7 @@ class Splicer:
     def _next_stage(self, runs: list[Run], ready: int, limit: int) -> int | None:
         """Where a stage that starts behind ``ready`` must end for the next run that pays."""
         while True:
-            step = self.planner.next_step(runs, ready, limit)
-            if isinstance(step, Take):
-                step = Compute(ready, step.options[0][1] - ready)
+            step = self.planner.next_stretch(runs, ready, limit)
             if step is None:
                 return None
             if self.cost is None or self.cost.saved(step.gain, passes=1) > 0:
@@ -211,8 +209,7 @@ class Splicer:
             self.planner.search_from(ready),
             min_length=self.planner.min_tokens,
         )
-        limit = len(tokens)
-        if runs and not state.stages and not self._pays(req, state, runs, ready, limit):
+        if runs and not state.stages and not self._pays(req, state, runs, ready, len(tokens)):
             runs = []
         state.nothing_at = None if runs else place
         return runs

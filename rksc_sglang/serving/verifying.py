@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.runtime_context import get_parallel
-
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule, ExitRule, paper_rule
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
 from rksc_sglang.cgee.profile import ExitProfileError, profile_of
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import RequestContract
+from rksc_sglang.serving.features import Unsupported, refuse_beside
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -27,10 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: Attention backends that were tried with batches that become smaller in the middle of a pass.
 BACKENDS = ("rksc_cpu", "torch_native")
-
-
-class Unsupported(Exception):
-    """No verification can stop at a middle layer on this server; the message is the reason."""
 
 
 class ExitState:
@@ -78,7 +73,10 @@ class Verifications:
         self.mode = config.mode
         runner = scheduler.tp_worker.model_runner
         self.num_layers = scheduler.model_config.num_hidden_layers
-        _refuse_server(scheduler)
+        refuse_beside(scheduler, allowed=("the hierarchical cache", "session-aware caching"))
+        backend = scheduler.server_args.attention_backend
+        if backend not in BACKENDS:
+            raise Unsupported(f"not with the attention backend {backend}")
         try:
             path = Path(scheduler.model_config.model_path)
             found = profile_of(config.profile, fingerprint(path) if config.profile else "")
@@ -177,22 +175,3 @@ def _never(num_layers: int, labels: int) -> CalibratedRule:
     ones, zeros = (1.0,) * len(layers), ((0.0,) * labels,) * len(layers)
     never = (NEVER,) * len(layers)
     return CalibratedRule(layers, ones, zeros, never, never)
-
-
-def _refuse_server(scheduler: Any) -> None:
-    """Raise Unsupported for what SGLang is asked to do beside, and layer exit is not made for."""
-    parallel = get_parallel()
-    backend = scheduler.server_args.attention_backend
-    for on, what in (
-        (parallel.tp_size > 1, "tensor parallelism"),
-        (parallel.pp_size > 1, "pipeline parallelism"),
-        (parallel.dp_size > 1, "data parallelism"),
-        (not scheduler.spec_algorithm.is_none(), "speculative decoding"),
-        (scheduler.enable_lora, "LoRA"),
-        (scheduler.model_config.is_multimodal, "a multimodal model"),
-        (scheduler.model_config.is_encoder_decoder, "an encoder-decoder"),
-        (scheduler.dllm_config is not None, "a diffusion language model"),
-        (backend not in BACKENDS, f"the attention backend {backend}"),
-    ):
-        if on:
-            raise Unsupported(f"not with {what}")
