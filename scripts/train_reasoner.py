@@ -3,7 +3,7 @@
     python scripts/train_reasoner.py --out DIR [--tokens N] [--minutes M]
 
 Ordinary next-token training on the dialogues of ``rksc_sglang.models.dialogues``, packed into
-rows; only what the assistant ought not to have said is left out of the loss. Every
+rows: on what the assistant ought to say, and lightly on what others say. Every
 ``--attempts-every`` tokens the model's own attempts at training problems are sampled: from then on
 it learns to judge those.
 A checkpoint in DIR is resumed; DIR/loss.jsonl is the curve and DIR/model the result. Batches are
@@ -33,12 +33,14 @@ from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue, prompt
 from rksc_sglang.models.manifest import write_manifest
 from rksc_sglang.models.problems import Problem, check, problems
 
-#: Of each sequence; the second is what long prompts need, at most a sixteenth of the batches.
+#: Of each sequence; the second is what long prompts need, a sixteenth of the batches.
 ROW_LENGTHS = (512, 2048)
 LONG_EVERY = 16
 #: Of the dialogues, once there are attempts: about problems that the model has attempted.
 KNOWN_SHARE = 0.25
-IGNORED = -100
+#: In the loss, of what systems and users say: the facts and steps that they repeat teach copying,
+#: but most of it cannot be foreseen.
+CONTEXT_WEIGHT = 0.1
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -51,8 +53,8 @@ CHAT_TEMPLATE = (
 def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTrainedTokenizerFast:
     """Byte-level BPE over training dialogues, digits apart: words of the problems are one token.
 
-    A name is the same token wherever it stands, without the space in front of it, so that repeating
-    it is plain copying.
+    Words bring the space in front of them, and the problems put one before each name: a name is the
+    same token wherever it stands, and repeating it is plain copying.
     """
     rng = random.Random(seed)
     stream = itertools.islice(problems("train", seed), dialogues)
@@ -60,7 +62,7 @@ def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTra
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[a-z]+|[A-Z][a-z]+|\d|\s|[^\sa-z\d]+"), "isolated"),
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?\d| ?[^\sA-Za-z\d]+|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -77,22 +79,20 @@ def train_tokenizer(vocab_size: int, seed: int, dialogues: int = 6000) -> PreTra
     return fast
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]) -> tuple[list, list]:
-    """Token ids of a dialogue, and its labels: ``IGNORED`` where nothing is learned.
-
-    All that users and systems say is learned too: facts and steps that they repeat teach copying.
-    """
+def encode(
+    tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]
+) -> tuple[list[int], list[float]]:
+    """Token ids of a dialogue, and the weight of each in the loss."""
     ids: list[int] = []
-    labels: list[int] = []
+    weights: list[float] = []
     for turn in dialogue:
         head = tokenizer.encode(f"{START}{turn.role}\n", add_special_tokens=False)
         body = tokenizer.encode(f"{turn.text}{END}", add_special_tokens=False)
         tail = tokenizer.encode("\n", add_special_tokens=False)
         ids += head + body + tail
-        learn = turn.learn or turn.role != "assistant"
-        labels += [IGNORED] * len(head) + (body if learn else [IGNORED] * len(body))
-        labels += [IGNORED] * len(tail)
-    return ids, labels
+        weight = float(turn.learn) if turn.role == "assistant" else CONTEXT_WEIGHT
+        weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(tail)
+    return ids, weights
 
 
 class Attempts:
@@ -115,24 +115,34 @@ class Attempts:
 def batch_of(
     tokenizer: PreTrainedTokenizerFast, attempts: Attempts, seed: int, step: int, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Ids and labels, [rows, length] int64, of one step."""
+    """Ids, [rows, length] int64, and their weights, float32, of one step."""
     rng = random.Random(f"{seed}/{step}")
     length = ROW_LENGTHS[step % LONG_EVERY == LONG_EVERY - 1]
     fresh = problems("train", rng.getrandbits(40))
     known = list(attempts.texts.values())
-    rows, row_labels = [], []
+    rows, row_weights = [], []
     for _ in range(max(tokens // length, 1)):
         ids: list[int] = []
-        labels: list[int] = []
+        weights: list[float] = []
         while len(ids) < length:
             again = known and rng.random() < KNOWN_SHARE
             problem = rng.choice(known)[0] if again else next(fresh)
-            more, more_labels = encode(tokenizer, make_dialogue(problem, rng, attempts))
+            more, more_weights = encode(tokenizer, make_dialogue(problem, rng, attempts))
             ids += more
-            labels += more_labels
+            weights += more_weights
         rows.append(ids[:length])
-        row_labels.append(labels[:length])
-    return torch.tensor(rows), torch.tensor(row_labels)
+        row_weights.append(weights[:length])
+    return torch.tensor(rows), torch.tensor(row_weights)
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss of the next tokens, by weight; and that of what the assistant ought to say."""
+    logits = model(input_ids=ids[:, :-1]).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    shares = weights[:, 1:].flatten()
+    said = (shares == 1.0).float()
+    spoken = (losses.detach() * said).sum() / said.sum().clamp(min=1.0)
+    return (losses * shares).sum() / shares.sum(), spoken
 
 
 @torch.no_grad()
@@ -274,13 +284,13 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
     add("--tokens", type=float, default=100e6, help="to train on in all")
     add("--minutes", type=float, help="stop after so long, to be resumed")
-    add("--batch-tokens", type=int, default=4096, help="of one step")
+    add("--batch-tokens", type=int, default=2048, help="of one step")
     add("--layers", type=int, default=8)
-    add("--width", type=int, default=192, help="a multiple of 64, the width of a head")
-    add("--vocab-size", type=int, default=1024)
+    add("--width", type=int, default=192, help="a multiple of 32, the width of a head")
+    add("--vocab-size", type=int, default=1280)
     add("--learning-rate", type=float, default=4e-3)
-    add("--attempts-every", type=float, default=6e6, help="tokens between samplings of attempts")
-    add("--attempts", type=int, default=800, help="problems sampled each time")
+    add("--attempts-every", type=float, default=4e6, help="tokens between samplings of attempts")
+    add("--attempts", type=int, default=600, help="problems sampled each time")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
@@ -293,9 +303,9 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         hidden_size=args.width,
         intermediate_size=args.width * 8 // 3 // 64 * 64,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 64,
-        head_dim=64,
+        num_attention_heads=args.width // 32,
+        num_key_value_heads=args.width // 32,
+        head_dim=32,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -362,18 +372,18 @@ def run(args: argparse.Namespace) -> None:
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = args.learning_rate * learning_rate(step / total)
-            ids, labels = (
+            ids, weights = (
                 x.to(args.device)
                 for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)
             )
-            loss = model(input_ids=ids, labels=labels).loss
+            loss, spoken = loss_of(model, ids, weights)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            losses.append(loss.item())
+            losses.append(spoken.item())
             rate = args.batch_tokens * len(losses) / (time.monotonic() - began)
             progress.update(
                 bar, completed=step, description=f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s"
@@ -392,8 +402,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parser().parse_args()
-    if args.width % 64:
-        sys.exit("--width: must be a multiple of 64")
+    if args.width % 32:
+        sys.exit("--width: must be a multiple of 32")
     run(args)
 
 

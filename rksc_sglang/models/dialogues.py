@@ -157,7 +157,7 @@ def _solve(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
         Turn("user", user_prompt(problem, rng)),
         Turn("assistant", problem.solution, True),
     ]
-    for _ in range(rng.randint(0, 3)):
+    for _ in range(rng.randint(2, 8)):
         more = follow_up(problem, rng)
         if more is not None:
             turns += [Turn("user", more.question), Turn("assistant", more.solution, True)]
@@ -186,7 +186,7 @@ def _judge(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
     turns = [
         *_opening(rng, rng.choice((system_prompt, verifier_prompt))),
         Turn("user", user_prompt(problem, rng)),
-        Turn("assistant", candidate),
+        Turn("assistant", candidate, check(problem, candidate)),
         Turn("user", rng.choice(_ASK)),
         _verdict(problem, candidate),
     ]
@@ -206,7 +206,7 @@ def _quoted(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogu
 
 def _more_candidates(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
     turns: Dialogue = []
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.randint(2, 6)):
         candidate = _candidate(problem, rng, attempts)
         turns.append(Turn("user", f"Another solution:\n{candidate}\n\n{rng.choice(_ASK)}"))
         turns.append(_verdict(problem, candidate))
@@ -244,4 +244,4 @@ def _first_slip(problem: Problem, rng: random.Random) -> str | None:
     return next((step for step in slipped.steps if step not in problem.work.steps), None)
 
 
-_KINDS = {_solve: 0.4, _judge: 0.24, _quoted: 0.12, _think: 0.08, _debate: 0.08, _step: 0.08}
+_KINDS = {_solve: 0.5, _judge: 0.2, _quoted: 0.1, _think: 0.06, _debate: 0.06, _step: 0.08}

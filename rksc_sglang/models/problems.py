@@ -204,7 +204,7 @@ def _work_legs(animals: Sequence[tuple[str, int]], slip: random.Random | None) -
             product = count * legs
             if i == bad:
                 product = _near(product, slip)
-        steps.append(f"{animal}: {count} * {legs} = {product}")
+        steps.append(f"{count} {animal}s: {count} * {legs} = {product}")
         if i:
             value = total + product
             if bad == len(animals) + i - 1:
@@ -262,7 +262,7 @@ def _draw_order(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     wanted = rng.choice((most, least))
     facts = [f"{a} is {more} than {b}." for a, b in pairwise(names)]
     rng.shuffle(facts)
-    return f"{' '.join(facts)} Who is the {wanted}?", (names, more, wanted == most)
+    return f"Known: {' '.join(facts)} Who is the {wanted}?", (names, more, wanted == most)
 
 
 def _work_order(data: tuple[Sequence[str], str, bool], slip: random.Random | None) -> Work:
@@ -271,7 +271,7 @@ def _work_order(data: tuple[Sequence[str], str, bool], slip: random.Random | Non
     if slip:
         i = slip.randrange(len(order) - 1)
         order[i], order[i + 1] = order[i + 1], order[i]
-    steps = tuple(f"{a} is {more} than {b}." for a, b in pairwise(order))
+    steps = tuple(f"- {a} is {more} than {b}." for a, b in pairwise(order))
     return Work(steps, order[0] if most else order[-1])
 
 
@@ -298,7 +298,7 @@ def _draw_facts(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     rng.shuffle(lines)
     rows = tuple(zip(names, *columns.values()))
     ask, data = _ask_facts(rows, rng, hops=1 if difficulty == 1 else 2)
-    return f"Facts:\n{' '.join(lines)}\n{ask}", data
+    return f"Facts: {' '.join(lines)}\n{ask}", data
 
 
 def _ask_facts(rows: Sequence[Sequence[str]], rng: random.Random, hops: int) -> tuple[str, Any]:
@@ -327,9 +327,9 @@ def _work_facts(
     value = rows[found][1 + kinds.index(kind)]
     if slip and (hops == 1 or slip.random() < 0.5):
         name = rows[person][0]  # the right person, with what another one has
-    steps = [_RELATIONS[kind][1].format(name=name, value=value)]
+    steps = [f"- {_RELATIONS[kind][1].format(name=name, value=value)}"]
     if hops == 2:
-        steps.insert(0, _RELATIONS["job"][1].format(name=name, value=rows[person][2]))
+        steps.insert(0, f"- {_RELATIONS['job'][1].format(name=name, value=rows[person][2])}")
     return Work(tuple(steps), value)
 
 

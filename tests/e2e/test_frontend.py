@@ -155,7 +155,8 @@ def test_stop_ends_what_branches_generate(backend):
     branches, aborted, verdict = program.run(backend=backend).ret_value
     assert aborted == [1]
     finish = [branch.get_meta_info("x")["finish_reason"]["type"] for branch in branches]
-    assert finish == ["length", "abort", "length"]
+    # The others may sample the chat template's own stop string.
+    assert [reason == "abort" for reason in finish] == [False, True, False]
     assert verdict.skipped == {1: "stopped"}
     assert verdict.winner in (0, 2)
 
