@@ -41,6 +41,7 @@ SEAMS = (
     Seam(_SCHEDULER, "_create_generation_req", ("recv_req", "args", "kwargs")),
     Seam(_SCHEDULER, "get_init_info", ()),
     Seam(_SCHEDULER, "get_internal_state", ("recv_req",)),
+    Seam(_SCHEDULER, "set_internal_state", ("recv_req",)),
     Seam(_SCHEDULER, "run_batch", ("batch", "pp_proxy_tensors")),
     Seam(_SCHEDULER, "process_batch_result", ("batch", "result")),
     Seam(_SCHEDULER, "handle_generate_request", ("recv_req", "mm_input_error")),
@@ -61,6 +62,7 @@ SEAMS = (
     Seam(_CACHE, "evict", ("params",)),
     Seam(_CACHE, "evict_for_alloc", ("params", "allocation_reclaim_satisfied")),
     Seam(_CACHE, "reset", ()),
+    Seam(_CACHE, "checkpoint_into_tree", ("req", "up_to", "kwargs")),
     Seam(_CACHE, "init_load_back", ("params",)),
     Seam(_CACHE, "load_back_is_cache_owned", ()),
     Seam(_CACHE, "prefix_device_indices", ("req",)),
@@ -69,6 +71,7 @@ SEAMS = (
     Seam(_CACHE, "release_aborted_request", ("request",)),
     Seam(_STREAM, "export", ("hidden", "takes_handoff")),
     Seam(_ATTENTION, "init_forward_metadata", ("forward_batch",)),
+    Seam(_CORE, "evict_device_start", ("component_type", "request_cnt")),
     Seam(_CORE, "evict_device_next_node", ("component_type", "tracker")),
     Seam(_CORE, "evict_device_leaf", ("node_id", "is_write_back")),
 )
@@ -145,6 +148,10 @@ def check_scheduler(scheduler: Any) -> None:
         raise CompatError(
             f"the radix cache is {type(scheduler.tree_cache).__name__}, not RkscRadixCache"
         )
+    if wants_cache and scheduler.tree_cache.strategy is not None:
+        for name in ("eviction_strategy", "evictable_device_leaves"):
+            if not hasattr(scheduler.tree_cache.tree_core, name):
+                raise CompatError(f"SGLang moved {name} of its Python tree core: it is gone")
 
 
 # Hooks: private names of SGLang. One, in the frontend.

@@ -105,6 +105,12 @@ class RkscConfig:
     splice_min_tokens: int = _setting(
         32, "shortest run, in tokens behind its head, that is spliced", least=1
     )
+    trace: str | None = _setting(
+        None,
+        "file to write a trace of requests to, for python -m benchmarks.eviction --trace: token "
+        "ids, branches, attention mass; compressed where its name ends in .gz",
+        type_=str,
+    )
     guard_share: float = _setting(
         0.02,
         "share of the spliced requests that are computed again exactly, when the server is idle, "

@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags in one parser, for ``--help``."""
     from sglang.srt.server_args import ServerArgs
 
+    from rksc_sglang.rsbcm.policy import register_policies
+
+    register_policies()
     parser = argparse.ArgumentParser(
         prog="python -m rksc_sglang.launch_server",
         usage="%(prog)s [--rksc-FLAG ...] [SGLANG-FLAG ...]",
@@ -99,6 +102,8 @@ def check_supported(server_args: Any) -> None:
     Raises:
         LaunchError: naming the flag and the reason.
     """
+    from rksc_sglang.rsbcm.policy import POLICIES, make_strategy
+
     for name, reason in UNSUPPORTED_FIELDS.items():
         if getattr(server_args, name, None):
             raise LaunchError(f"--{name.replace('_', '-')} does not work with RKSC: {reason}")
@@ -107,6 +112,18 @@ def check_supported(server_args: Any) -> None:
             "--tokenizer-worker-num above 1 does not work with RKSC: "
             "the tokenizer workers do not check the request contract"
         )
+    if server_args.radix_eviction_policy in POLICIES:
+        if server_args.enable_hierarchical_cache:
+            raise LaunchError(
+                f"--enable-hierarchical-cache does not work with --radix-eviction-policy "
+                f"{server_args.radix_eviction_policy}: it was not tried; take one of SGLang's"
+            )
+        try:
+            make_strategy(
+                server_args.radix_eviction_policy, server_args.radix_eviction_policy_config
+            )
+        except ValueError as error:
+            raise LaunchError(str(error)) from error
     if server_args.disaggregation_mode != "null":
         raise LaunchError(
             "--disaggregation-mode does not work with RKSC: "

@@ -26,11 +26,13 @@ def register() -> None:
     )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from rksc_sglang.rsbcm.policy import register_policies
     from rksc_sglang.serving.radix_cache import BACKEND, create_cache
     from rksc_sglang.serving.scheduler import RkscScheduler
 
     if get_radix_cache_factory(BACKEND) is None:
         register_radix_cache_backend(BACKEND, create_cache)
+    register_policies()
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", RkscScheduler, HookType.REPLACE
     )

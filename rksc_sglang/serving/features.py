@@ -54,6 +54,8 @@ def decide(
     has_mamba: bool,
     splice_reason: str | None,
     exit_reason: str | None,
+    eviction_reason: str | None,
+    mass_reason: str | None,
 ) -> tuple[Feature, ...]:
     """Decide at start, from the configuration and what the model's cache can do.
 
@@ -62,6 +64,8 @@ def decide(
         has_mamba: the model keeps recurrent state beside its KV.
         splice_reason: why nothing can be spliced, None where it can.
         exit_reason: why no verification can stop at a middle layer, None where it can.
+        eviction_reason: why no eviction policy of RKSC's is on, None where one is.
+        mass_reason: why no attention mass is measured, None where it is.
     """
     if not config.root_first:
         root_first = Feature("root_first", False, "--no-rksc-root-first")
@@ -71,8 +75,13 @@ def decide(
         root_first = Feature("root_first", False, "recurrent state is matched at admission")
     else:
         root_first = Feature("root_first", True)
-    splice = Feature("splice", splice_reason is None, splice_reason)
-    return (root_first, splice, Feature("layer_exit", exit_reason is None, exit_reason))
+    others = {
+        "splice": splice_reason,
+        "layer_exit": exit_reason,
+        "eviction": eviction_reason,
+        "attention_mass": mass_reason,
+    }
+    return (root_first, *(Feature(name, why is None, why) for name, why in others.items()))
 
 
 def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) -> str | None:

@@ -63,11 +63,14 @@ class BranchStates(BaseModel):
 
 @router.post("/branches")
 async def branches(body: BranchStates) -> dict[str, Any]:
-    """Take note of a group's life; a pruned branch that is still running is aborted."""
+    """Take note of a group's life; a pruned branch that is still running is aborted.
+
+    The cache hears of it between two passes, later than this answers.
+    """
     pruned = {branch for branch, state in body.states.items() if state == "pruned"}
-    aborted = _manager().abort_branches(
-        body.group, pruned, {"extra_key": body.extra_key, "cache_salt": body.cache_salt}
-    )
+    tenant = {"extra_key": body.extra_key, "cache_salt": body.cache_salt}
+    aborted = _manager().abort_branches(body.group, pruned, tenant)
+    _manager().report_branches(body.group, body.states, tenant)
     return {"group": body.group, "aborted": aborted}
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import scheduler as stock
+from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 from rksc_sglang import compat
@@ -14,7 +16,9 @@ from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
+from rksc_sglang.rsbcm.trace import TraceWriter
 from rksc_sglang.serving.doubt import Doubt
+from rksc_sglang.serving.evicting import build_sampler, check_eviction, report_states
 from rksc_sglang.serving.features import Unsupported, decide, fallback_reason
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
@@ -27,7 +31,11 @@ from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAd
 from rksc_sglang.serving.verifying import ExitState, Verifications
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import GetInternalStateReq, TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import (
+        GetInternalStateReq,
+        SetInternalStateReq,
+        TokenizedGenerateReqInput,
+    )
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.schedule_policy import PrefillAdder
 
@@ -81,19 +89,22 @@ class RkscOutputStreamer(SchedulerOutputStreamer):
 
     has_additional_customized_info = True
 
-    def stream_output(
-        self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
-    ) -> None:
-        # Nobody waits for the requests of our own, nor for discarded answers.
-        answered = [r for r in reqs if not is_internal(r) and not _is_doubted(r)]
-        super().stream_output(answered, return_logprob, skip_req)
-
     def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list]:
         infos = [_info_of(req) for req in reqs]
         return {KEY: infos} if any(infos) else {}
 
     def is_request_level_customized_info_key(self, key: str) -> bool:
         return key == KEY or super().is_request_level_customized_info_key(key)
+
+
+class SplicingOutputStreamer(RkscOutputStreamer):
+    """Answers nobody for the requests of our own, nor with discarded answers."""
+
+    def stream_output(
+        self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
+    ) -> None:
+        answered = [r for r in reqs if not is_internal(r) and not _is_doubted(r)]
+        super().stream_output(answered, return_logprob, skip_req)
 
 
 def _is_doubted(req: Req) -> bool:
@@ -118,18 +129,24 @@ class RkscScheduler(stock.Scheduler):
         config = RkscConfig.from_env()
         assert config is not None, "the plugin registers this class only with a configuration"
         self.rksc_config = config
-        self.rksc_prefill_seconds = 0.0  # where passes are asynchronous: until they are launched
+        # Where passes are asynchronous: until they are launched.
+        self.rksc_prefill_seconds = self.rksc_decode_seconds = 0.0
         super().__init__(*args, **kwargs)
         collector = self.metrics_collector
         self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
         self.rksc_splicer, splice_reason = self._build_splicer()
         self.rksc_verifications, exit_reason = self._build_verifications()
+        eviction_reason, mass_reason = self._build_eviction()
+        if config.trace and isinstance(self.tree_cache, RkscRadixCache):
+            self.tree_cache.trace = TraceWriter(Path(config.trace))
         self.rksc_features = decide(
             config,
             has_radix_cache=isinstance(self.tree_cache, RkscRadixCache),
             has_mamba=self.tree_cache.supports_mamba(),
             splice_reason=splice_reason,
             exit_reason=exit_reason,
+            eviction_reason=eviction_reason,
+            mass_reason=mass_reason,
         )
         self.rksc_adder_class = self._make_adder_class()
         self.rksc_in_doubt: set[str] = set()
@@ -159,6 +176,20 @@ class RkscScheduler(stock.Scheduler):
             return Verifications(self, self.rksc_config, count, self._count_error), None
         except Unsupported as error:
             return None, str(error)
+
+    def _build_eviction(self) -> tuple[str | None, str | None]:
+        """Why RKSC's eviction policies are not on, and why no attention mass is measured."""
+        self.rksc_sampler = None
+        try:
+            cache = check_eviction(self)
+        except Unsupported as error:
+            return str(error), str(error)
+        cache.on_error = self._count_error
+        try:
+            self.rksc_sampler = build_sampler(self, cache, self._count_error)
+        except Unsupported as error:
+            return None, str(error)
+        return None, None
 
     def _make_adder_class(self) -> type[RootFirstPrefillAdder] | None:
         root_first = any(f.name == "root_first" and f.on for f in self.rksc_features)
@@ -214,7 +245,7 @@ class RkscScheduler(stock.Scheduler):
         return self.rksc_adder_class or super().get_prefill_adder_class()
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
-        return RkscOutputStreamer
+        return SplicingOutputStreamer if self.rksc_config.approximate else RkscOutputStreamer
 
     def _create_generation_req(
         self, recv_req: TokenizedGenerateReqInput, *args: Any, **kwargs: Any
@@ -271,6 +302,8 @@ class RkscScheduler(stock.Scheduler):
         result = super().run_batch(batch, pp_proxy_tensors)
         if batch.forward_mode.is_extend():
             self.rksc_prefill_seconds += time.perf_counter() - start
+        elif batch.forward_mode.is_decode():
+            self.rksc_decode_seconds += time.perf_counter() - start
         return result
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -306,6 +339,12 @@ class RkscScheduler(stock.Scheduler):
         output.internal_state[KEY] = self.rksc_status()
         return output
 
+    def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
+        cache = self.tree_cache
+        if isinstance(cache, RkscRadixCache) and report_states(cache, recv_req.server_args):
+            return SetInternalStateReqOutput(updated=True)
+        return super().set_internal_state(recv_req)
+
     def rksc_status(self) -> dict[str, Any]:
         cache = self.tree_cache
         return {
@@ -316,14 +355,28 @@ class RkscScheduler(stock.Scheduler):
             "num_layers": self.model_config.num_hidden_layers,
             "counters": self.rksc_counters.snapshot(),
             "prefill_seconds": self.rksc_prefill_seconds,
+            "decode_seconds": self.rksc_decode_seconds,
             "cache": {
                 "backend": type(cache).__name__,
                 "page_size": self.page_size,
                 "capacity_tokens": self.max_total_num_tokens,
                 "timings": cache.timings() if isinstance(cache, RkscRadixCache) else None,
             },
+            "eviction": self._eviction_status(),
             "verify": self.rksc_verifications.to_dict() if self.rksc_verifications else None,
             "splice": self.rksc_splicer.to_dict() if self.rksc_splicer else None,
+        }
+
+    def _eviction_status(self) -> dict[str, Any] | None:
+        cache = self.tree_cache
+        if not isinstance(cache, RkscRadixCache):
+            return None
+        return {
+            "policy": self.server_args.radix_eviction_policy,
+            "evicted_tokens": cache.evicted_tokens,
+            "freed_tokens": cache.freed_tokens,
+            "life_cycle": cache.life_cycle.to_dict() if cache.life_cycle is not None else None,
+            "mass_seconds": self.rksc_sampler.seconds if self.rksc_sampler is not None else None,
         }
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,16 +26,10 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
-    create_tree_core,
-    get_tree_core_factory,
-    register_tree_core_backend,
-)
 
 from rksc_sglang.asks.content_index import ContentIndex, Run
 from rksc_sglang.serving.internal import InternalState
-from rksc_sglang.serving.radix_cache import RkscRadixCache
+from rksc_sglang.serving.radix_cache import RkscRadixCache, namespace_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -44,9 +37,6 @@ if TYPE_CHECKING:
     from rksc_sglang.serving.splicing import SpliceState
 
 logger = logging.getLogger(__name__)
-
-#: Name of the observed tree core in SGLang's registry of tree cores.
-TREE_CORE = "rksc"
 
 
 class Load(NamedTuple):
@@ -69,40 +59,6 @@ class Load(NamedTuple):
         return len(self.state.private) + self.stop - self.first
 
 
-def register_tree_core() -> None:
-    """Make the observed tree core known to SGLang in this process; may be repeated."""
-    if get_tree_core_factory(TREE_CORE) is None:
-        register_tree_core_backend(TREE_CORE, create_observed_tree_core)
-
-
-def create_observed_tree_core(params: Any, components: Any) -> Any:
-    """SGLang's own choice of tree core, which tells ``on_device_free`` what eviction frees."""
-    core = create_tree_core("rust", params, components)
-
-    class Observed(type(core)):  # type: ignore[misc]
-        on_device_free: Callable[[torch.Tensor], None] | None = None
-
-        def evict_device_next_node(self, *args: Any, **kwargs: Any) -> Any:
-            return self._observe(super().evict_device_next_node(*args, **kwargs))
-
-        def evict_device_leaf(self, *args: Any, **kwargs: Any) -> Any:
-            return self._observe(super().evict_device_leaf(*args, **kwargs))
-
-        def _observe(self, result: Any) -> Any:
-            if self.on_device_free is not None:
-                for slots in result.device_frees.get(ComponentType.FULL, ()):
-                    self.on_device_free(slots)
-            return result
-
-    core.__class__ = Observed
-    return core
-
-
-def namespace_of(key: RadixKey | Req) -> Hashable:
-    """Donors are sought among requests of the same tenant only."""
-    return (key.extra_key, key.cache_salt)
-
-
 class SplicingRadixCache(RkscRadixCache):
     """Adds loads, private slots and the content index to the exact cache.
 
@@ -110,21 +66,18 @@ class SplicingRadixCache(RkscRadixCache):
         index: what is cached where; None until :meth:`enable_splicing`, and after a failure.
         loads: request id -> what its next admission shall load.
         active: request id -> its splice, while it waits for a stage or owns private slots.
-        on_error: called with a place when something fails inside; serving goes on exactly.
     """
 
     def __init__(self, params: Any) -> None:
         self.index: ContentIndex | None = None
         self.loads: dict[str, Load] = {}
         self.active: dict[str, SpliceState] = {}
-        self.on_error: Callable[[str], None] = lambda where: None
         self._copy: Callable[[torch.Tensor, torch.Tensor, int], None] | None = None
         self._appended: dict[str, torch.Tensor] = {}
         self.index_nanoseconds = 0
         self.indexed_tokens = 0
         self.index_version = 0  # changes whenever a search may find something else
-        register_tree_core()
-        super().__init__(replace(params, tree_core_backend=TREE_CORE))
+        super().__init__(params, observed=True)
 
     def enable_splicing(
         self, index: ContentIndex, copy: Callable[[torch.Tensor, torch.Tensor, int], None]

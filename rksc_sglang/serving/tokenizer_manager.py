@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as stock_init
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, SetInternalStateReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import KEY, ContractError, RequestContract, contract_of
+from rksc_sglang.rsbcm.policy import POLICIES
+from rksc_sglang.serving.evicting import encode_states
 from rksc_sglang.serving.metrics import FRONTEND_COUNTERS, Counters
 
 #: ``meta_info["rksc"]`` of the HTTP request being answered, by request id; set per request by
@@ -41,20 +44,17 @@ class RkscTokenizerManager(TokenizerManager):
         config = RkscConfig.from_env()
         assert config is not None, "launched only with a configuration"
         self.rksc_config = config
+        self.rksc_reports: set[asyncio.Task] = set()
         self.rksc_counters = Counters(
             FRONTEND_COUNTERS, self.metrics_collector.labels if self.enable_metrics else None
         )
 
-    async def generate_request(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+    def generate_request(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         if isinstance(obj, GenerateReqInput):
             self.check_contracts(obj.sampling_params)
+        responses = super().generate_request(obj, request)
         infos = response_infos.get()
-        async for response in super().generate_request(obj, request):
-            if infos is not None:
-                for one in response if isinstance(response, list) else [response]:
-                    if KEY in one["meta_info"]:
-                        infos[one["meta_info"]["id"]] = one["meta_info"][KEY]
-            yield response
+        return responses if infos is None else _noting(responses, infos)
 
     def check_contracts(self, sampling_params: Any) -> None:
         """Raise ContractError, which SGLang's routes answer with HTTP 400, for a malformed one."""
@@ -103,6 +103,30 @@ class RkscTokenizerManager(TokenizerManager):
                     self.rksc_counters.add("aborted_branches")
                     aborted.append(contract.branch)
         return sorted(aborted)
+
+    def report_branches(
+        self, group: str, states: Mapping[int, str], namespace: Mapping[str, str | None]
+    ) -> None:
+        """Tell the schedulers, without waiting for them, where somebody listens."""
+        if self.server_args.radix_eviction_policy not in POLICIES and not self.rksc_config.trace:
+            return
+        encoded = encode_states(group, states, **namespace)
+        task = asyncio.create_task(
+            self.set_internal_state(SetInternalStateReq(server_args=encoded))
+        )
+        self.rksc_reports.add(task)  # or it may be collected before it is done
+        task.add_done_callback(self.rksc_reports.discard)
+
+
+async def _noting(
+    responses: AsyncIterator[Any], infos: dict[str, dict[str, Any]]
+) -> AsyncIterator[Any]:
+    """The responses, with their ``meta_info["rksc"]`` also in ``infos``."""
+    async for response in responses:
+        for one in response if isinstance(response, list) else [response]:
+            if KEY in one["meta_info"]:
+                infos[one["meta_info"]["id"]] = one["meta_info"][KEY]
+        yield response
 
 
 def init_tokenizer_manager(server_args: Any, port_args: Any) -> Any:

@@ -1,0 +1,1 @@
+"""RSBCM: which KV of the radix tree is evicted first."""

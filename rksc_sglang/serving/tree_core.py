@@ -1,0 +1,69 @@
+"""The tree core behind RKSC's radix cache: SGLang's own, with an eye on evictions.
+
+SGLang's Rust core knows the stock eviction policies only; RKSC's run in SGLang's Python core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
+    create_tree_core,
+    get_tree_core_factory,
+    register_tree_core_backend,
+)
+
+from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy, make_strategy
+
+#: Name of the core in SGLang's registry of tree cores.
+TREE_CORE = "rksc"
+
+
+def register_tree_core() -> None:
+    """Make the core known to SGLang in this process; may be repeated."""
+    if get_tree_core_factory(TREE_CORE) is None:
+        register_tree_core_backend(TREE_CORE, create_rksc_tree_core)
+
+
+def create_rksc_tree_core(params: Any, components: Any) -> Any:
+    """Factory for ``register_tree_core_backend``.
+
+    The core has SGLang's methods and, beside them, ``on_device_free``, called with the slots that
+    an eviction frees.
+    """
+    if params.eviction_policy not in POLICIES:
+        core = create_tree_core("rust", params, components)
+    else:
+        stock = replace(params, eviction_policy="lru", eviction_policy_config=None)
+        core = create_tree_core("python", stock, components)
+        core.eviction_strategy = make_strategy(
+            params.eviction_policy, params.eviction_policy_config
+        )
+
+    class Observed(type(core)):  # type: ignore[misc]
+        on_device_free: Callable[[torch.Tensor], None] | None = None
+
+        def evict_device_start(self, *args: Any, **kwargs: Any) -> None:
+            strategy = getattr(self, "eviction_strategy", None)  # the Rust core shows none
+            if isinstance(strategy, RkscStrategy):
+                strategy.begin(self.evictable_device_leaves)
+            super().evict_device_start(*args, **kwargs)
+
+        def evict_device_next_node(self, *args: Any, **kwargs: Any) -> Any:
+            return self._observe(super().evict_device_next_node(*args, **kwargs))
+
+        def evict_device_leaf(self, *args: Any, **kwargs: Any) -> Any:
+            return self._observe(super().evict_device_leaf(*args, **kwargs))
+
+        def _observe(self, result: Any) -> Any:
+            if self.on_device_free is not None:
+                for slots in result.device_frees.get(ComponentType.FULL, ()):
+                    self.on_device_free(slots)
+            return result
+
+    core.__class__ = Observed
+    return core

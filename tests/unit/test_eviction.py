@@ -1,0 +1,272 @@
+"""RKSC's eviction policies on SGLang's real tree and allocator."""
+
+from array import array
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rksc_sglang.rsbcm.attention_mass import SlotMass
+from rksc_sglang.rsbcm.life_cycle import JOINED, LEASED, ORDINARY, PRUNED, LifeCycle
+from rksc_sglang.rsbcm.policy import PaperStrategy, make_strategy
+from rksc_sglang.serving.radix_cache import RkscRadixCache, path_behind
+
+TENANT = (None, None)
+CAPACITY = 64
+
+
+def cache_class(policy, config=None):
+    class Cache(RkscRadixCache):
+        def __init__(self, params):
+            super().__init__(
+                replace(params, eviction_policy=policy, eviction_policy_config=config)
+            )
+
+    return Cache
+
+
+@pytest.fixture
+def cache(make_cache):
+    return make_cache(cache_class("rksc"), capacity=CAPACITY)
+
+
+def insert(cache, tokens, group=None, branch=0):
+    """As a request leaves it; gives the node where it ends, None where the pool is full."""
+    from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(token_ids=array("q", tokens), extra_key=None, cache_salt=None)
+    match = cache.match_prefix(MatchPrefixParams(key=key))
+    known = match.device_prefix_len
+    new = cache.token_to_kv_pool_allocator.alloc(len(tokens) - known)
+    if new is None:
+        return None
+    slots = torch.cat([cache.path_device_indices(match.last_device_node)[:known], new])
+    result = cache.insert(InsertParams(key=key, value=slots, prev_prefix_len=known))
+    node = cache.tree_core.node_by_id(result.last_device_node)
+    if group is not None:
+        owner = cache.life_cycle.branch(TENANT, group, branch)
+        cache.life_cycle.claim(owner, path_behind(node, len(tokens), known))
+    return node
+
+
+def evict(cache, tokens):
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    return cache.evict(EvictParams(num_tokens=tokens)).num_tokens_evicted
+
+
+def held(cache, tokens):
+    from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    key = RadixKey(token_ids=array("q", tokens), extra_key=None, cache_salt=None)
+    return cache.match_prefix(MatchPrefixParams(key=key)).device_prefix_len
+
+
+# What is evicted first
+
+
+def test_finished_branches_go_before_others_and_living_ones_last(cache):
+    insert(cache, [1, 2, 3])
+    insert(cache, [1, 2, 3, 10, 11], "g", 0)
+    insert(cache, [1, 2, 3, 20, 21], "g", 1)
+    insert(cache, [5, 6])
+    cache.report_branches(TENANT, "g", {1: "joined"})
+    evict(cache, 2)
+    assert held(cache, [1, 2, 3, 20, 21]) == 3
+    evict(cache, 2)
+    assert held(cache, [5, 6]) == 0
+    evict(cache, 1)
+    assert held(cache, [1, 2, 3, 10, 11]) == 3
+
+
+def test_a_pruned_branch_gives_its_pages_back_at_once_and_nobody_elses(cache):
+    insert(cache, [1, 2, 3])
+    insert(cache, [1, 2, 3, 10, 11, 12], "g", 0)
+    insert(cache, [1, 2, 3, 10, 11, 12, 13], "g", 0)
+    insert(cache, [1, 2, 3, 20], "g", 1)
+    free = cache.token_to_kv_pool_allocator.available_size()
+    cache.report_branches(TENANT, "g", {0: "pruned"})
+    assert cache.token_to_kv_pool_allocator.available_size() == free + 4
+    assert cache.freed_tokens == 4
+    assert held(cache, [1, 2, 3, 20]) == 4
+
+
+def test_a_pruned_branch_that_is_read_stays_until_it_is_not(cache):
+    node = insert(cache, [1, 2, 3, 4], "g", 0)
+    lock = cache.lock(node.id)
+    cache.report_branches(TENANT, "g", {0: "pruned"})
+    assert held(cache, [1, 2, 3, 4]) == 4
+    cache.unlock(lock)
+    cache.free_pruned()
+    assert held(cache, [1, 2, 3, 4]) == 0
+
+
+def test_another_tenants_group_of_that_name_is_another_group(cache):
+    insert(cache, [1, 2, 3, 4], "g", 0)
+    cache.report_branches(("other", None), "g", {0: "pruned"})
+    assert held(cache, [1, 2, 3, 4]) == 4
+
+
+def test_text_that_two_branches_share_stays_when_one_is_pruned(cache):
+    insert(cache, [1, 2, 3, 4, 5], "g", 0)
+    insert(cache, [1, 2, 3, 9, 9], "g", 1)
+    cache.report_branches(TENANT, "g", {0: "pruned"})
+    assert held(cache, [1, 2, 3, 4, 5]) == 3
+    assert held(cache, [1, 2, 3, 9, 9]) == 5
+
+
+def test_what_was_used_again_outlives_what_is_newer(cache):
+    insert(cache, [1, 2, 3])
+    insert(cache, [1, 2, 3])
+    insert(cache, [7, 8, 9])
+    evict(cache, 1)
+    assert held(cache, [1, 2, 3]) == 3
+
+
+def test_the_papers_priority_is_importance_over_depth_plus_one(make_cache):
+    cache = make_cache(cache_class("rksc-paper"), capacity=CAPACITY)
+    assert isinstance(cache.strategy, PaperStrategy)
+    mass = cache.strategy.slot_mass = SlotMass(CAPACITY + 1, "cpu")
+    shallow = insert(cache, [1, 2])
+    insert(cache, [3])
+    deep = insert(cache, [3, 4])
+    for node, value in ((shallow, 1.0), (deep, 1.2)):
+        mass.add(node.component_data[0].value, torch.full((len(node.key),), value))
+    mean = (1.0 * 2 + 1.2) / 3
+    assert cache.strategy.get_priority(shallow) == pytest.approx((1.0 / mean / 2,))
+    assert cache.strategy.get_priority(deep) == pytest.approx((1.2 / mean / 3,))
+    evict(cache, 1)
+    assert held(cache, [3, 4]) == 1, "the less important for its depth went"
+    assert held(cache, [1, 2]) == 2
+
+
+def test_a_wrong_ingredient_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"--radix-eviction-policy-config for rksc:.*'weight'"):
+        make_strategy("rksc", {"weight": 1})
+
+
+def test_a_failure_inside_ends_the_life_cycle_and_not_the_cache(cache):
+    failures = []
+    cache.on_error = failures.append
+    cache.life_cycle.report = None
+    cache.report_branches(TENANT, "g", {0: "pruned"})
+    assert failures == ["life_cycle"]
+    insert(cache, [1, 2, 3])
+    assert evict(cache, 3) == 3
+
+
+# Leases
+
+
+class Node:
+    """What the life cycle reads of a tree node."""
+
+    def __init__(self, tokens):
+        self.key = range(tokens)
+
+
+def test_a_lease_ends_by_itself_and_no_tenant_leases_more_than_its_share():
+    now = 0.0
+    cycle = LifeCycle(100, lease_seconds=10, tenant_share=0.5, clock=lambda: now)
+    nodes = []
+    for number in range(3):
+        now = float(number)
+        nodes.append(Node(20))
+        cycle.claim(cycle.branch(TENANT, "g", number), [nodes[-1]])
+    other = Node(20)
+    cycle.claim(cycle.branch(("other", None), "g", 0), [other])
+    cycle.renew()
+    assert [cycle.rank(node) for node in nodes] == [ORDINARY, LEASED, LEASED]
+    assert cycle.rank(other) == LEASED
+    cycle.report(TENANT, "g", {1: "joined", 2: "pruned"})
+    cycle.renew()
+    assert [cycle.rank(node) for node in nodes] == [LEASED, JOINED, PRUNED]
+    now = 100.0
+    cycle.renew()
+    assert cycle.rank(nodes[0]) == ORDINARY
+    assert cycle.groups == {}, "what is long silent is forgotten"
+
+
+# Properties
+
+operation = st.one_of(
+    st.tuples(
+        st.just("insert"),
+        st.lists(st.integers(0, 2), min_size=1, max_size=10),
+        st.sampled_from([None, "a", "b"]),
+        st.integers(0, 2),
+    ),
+    st.tuples(st.just("evict"), st.integers(1, 20)),
+    st.tuples(st.just("lock"), st.integers(0, 10)),
+    st.tuples(st.just("unlock"), st.integers(0, 10)),
+    st.tuples(
+        st.just("report"),
+        st.sampled_from(["a", "b"]),
+        st.integers(0, 2),
+        st.sampled_from(["frontier", "joined", "pruned", "won"]),
+    ),
+)
+
+
+def nodes_of(cache):
+    stack, found = [cache.tree_core.root_node], []
+    while stack:
+        node = stack.pop()
+        stack += node.children.values()
+        found.append(node)
+    return found[1:]
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(work=st.lists(operation, max_size=50), policy=st.sampled_from(["rksc", "rksc-paper"]))
+def test_the_tree_stays_whole_and_evicts_what_it_should(make_cache, work, policy):
+    cache = make_cache(cache_class(policy), capacity=CAPACITY)
+    allocator = cache.token_to_kv_pool_allocator
+    ends, locks = [], []
+    for kind, *arguments in work:
+        if kind == "insert":
+            tokens, group, branch = arguments
+            node = insert(cache, tokens, group, branch)
+            if node is not None:
+                ends.append(node)
+        elif kind == "lock" and ends:
+            node = ends[arguments[0] % len(ends)]
+            if node in nodes_of(cache):
+                locks.append((node, cache.lock(node.id)))
+        elif kind == "unlock" and locks:
+            cache.unlock(locks.pop(arguments[0] % len(locks))[1])
+        elif kind == "report":
+            group, branch, state = arguments
+            cache.report_branches(TENANT, group, {branch: state})
+        elif kind == "evict":
+            leased, spare = leases(cache)
+            evictable = cache.evictable_size()
+            freed = evict(cache, arguments[0])
+            assert freed >= min(arguments[0], evictable)
+            alive = set(nodes_of(cache))
+            if policy == "rksc" and arguments[0] <= spare:
+                assert leased <= alive, "there was enough that nobody leases"
+        alive = set(nodes_of(cache))
+        assert {node for node, _ in locks} <= alive
+        assert allocator.available_size() + cache.total_size()[0] == CAPACITY
+        cache.sanity_check()
+
+
+def leases(cache):
+    """Leased nodes, and how many tokens can go without any of them."""
+    cycle = cache.life_cycle
+    cycle.renew()
+    leased = {node for node in nodes_of(cache) if cycle.rank(node) == LEASED}
+    kept = set()
+    for node in nodes_of(cache):
+        if node in leased or node.component_data[0].lock_ref > 0:
+            while node is not None:
+                kept.add(node)
+                node = node.parent
+    return leased, sum(len(node.key) for node in nodes_of(cache) if node not in kept)
