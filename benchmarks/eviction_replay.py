@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 from rksc_sglang.rsbcm.attention_mass import SlotMass
+from rksc_sglang.rsbcm.life_cycle import Branch
 from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
-from rksc_sglang.rsbcm.trace import Event, Finish, Start, opened, read_events
-from rksc_sglang.serving.radix_cache import RkscRadixCache, path_behind
+from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, opened, read_events
+from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
 
 class Policy(NamedTuple):
@@ -118,8 +119,10 @@ class _Replay:
                 self._start(event)
             elif isinstance(event, Finish):
                 self._finish(event)
-            else:
+            elif isinstance(event, Report):
                 self.cache.report_branches(event.tenant, event.group, event.states)
+            else:
+                self.cache.end_program(event.tenant, event.program)
         self.outcome.evicted_tokens = self.cache.evicted_tokens
         self.outcome.evict_seconds = self.cache.nanoseconds["evict"] / 1e9
         return self.outcome
@@ -166,16 +169,19 @@ class _Replay:
         cache.unlock(lock)
         lock = cache.lock(result.last_device_node)
         if cache.life_cycle is not None and start.group is not None:
-            branch = cache.life_cycle.branch(start.tenant, start.group, start.branch)
             node = cache.tree_core.node_by_id(result.last_device_node)
-            cache.life_cycle.claim(branch, path_behind(node, len(key), known))
+            cache.life_cycle.claim(self._branch(start), *split_path(node, len(key), known))
         return _Running(key, cache.path_device_indices(result.last_device_node), lock, start)
 
     def _pruned(self, start: Start) -> bool:
         if self.cache.life_cycle is None or start.group is None:
             return False
-        branch = self.cache.life_cycle.branch(start.tenant, start.group, start.branch)
-        return branch.state == "pruned"
+        return self._branch(start).state == "pruned"
+
+    def _branch(self, start: Start) -> Branch:
+        assert self.cache.life_cycle is not None
+        assert start.group is not None
+        return self.cache.life_cycle.branch(start.tenant, start.group, start.branch, start.program)
 
     def _alloc(self, count: int) -> torch.Tensor:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams

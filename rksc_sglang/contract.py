@@ -71,6 +71,7 @@ class VerifyContract:
 class RequestContract:
     """What a request tells RKSC about itself; every key is optional."""
 
+    program: str | None = None
     group: str | None = None
     branch: int | None = None
     depth: int | None = None
@@ -87,13 +88,13 @@ class RequestContract:
         """
         _check_keys(raw, cls, "")
         given = {name: value for name, value in raw.items() if value is not None}
-        group = given.get("group")
-        if group is not None and (not isinstance(group, str) or not group):
-            raise _fail(".group", "a non-empty string", group)
+        for name in ("program", "group"):
+            if name in given and (not isinstance(given[name], str) or not given[name]):
+                raise _fail(f".{name}", "a non-empty string", given[name])
         for name in ("branch", "depth"):
             if name in given and not _is_count(given[name]):
                 raise _fail(f".{name}", "an integer of at least 0", given[name])
-        if "branch" in given and group is None:
+        if "branch" in given and "group" not in given:
             raise ContractError(f"custom_params.{KEY}.branch: needs {KEY}.group beside it")
         if "share" in given and given["share"] not in SHARES:
             raise _fail(".share", f"one of {', '.join(SHARES)}", given["share"])

@@ -86,6 +86,15 @@ class BranchGroup(ProgramStateGroup):
         return server.report_states(self.group, states) if server is not None else []
 
 
+def _program_of(s: ProgramState) -> str:
+    """Names this run of the program: all forks of a state that was not forked itself."""
+    executor = s.stream_executor
+    if not hasattr(executor, "rksc_program"):
+        executor.rksc_program = uuid.uuid4().hex
+        server_of(executor.backend)  # which hears of its end
+    return executor.rksc_program
+
+
 def fork(
     s: ProgramState,
     n: int,
@@ -125,16 +134,19 @@ def fork(
         if error is not None:
             raise RuntimeError(f"the program failed before the fork: {error}") from error
     states = s.fork(n).states
-    group, depth = uuid.uuid4().hex, 0
+    group, depth, program = uuid.uuid4().hex, 0, None
     if not isinstance(s, TracerProgramState):
         parent = contract_of_executor(s.stream_executor)
         if parent is not None and parent.depth is not None:
             depth = parent.depth + 1
+        program = parent.program if parent is not None else _program_of(s)
         for branch, state in enumerate(states):
             executor = state.stream_executor
             executor.default_sampling_para = BranchSamplingParams.of_branch(
                 executor.default_sampling_para,
-                RequestContract(group=group, branch=branch, depth=depth, share=share),
+                RequestContract(
+                    program=program, group=group, branch=branch, depth=depth, share=share
+                ),
                 confidence=confidence,
             )
     branches = BranchGroup(states, s, group, depth)

@@ -28,6 +28,7 @@ class Server:
         self._lock = threading.Lock()
         self._has_rksc: bool | None = None
         self._verify: dict[str, Any] = {}
+        self._follows_branches = False
 
     def has_rksc(self) -> bool:
         """Whether RKSC is on there; warns once for a server where it is not."""
@@ -36,8 +37,10 @@ class Server:
                 answer = self._request("/rksc/status")
                 self._has_rksc = answer.status_code == 200
                 if self._has_rksc:
-                    self._verify = answer.json()["ranks"][0].get("verify") or {}
-                if not self._has_rksc:
+                    rank = answer.json()["ranks"][0]
+                    self._verify = rank["verify"] or {}
+                    self._follows_branches = bool((rank["eviction"] or {}).get("life_cycle"))
+                else:
                     warnings.warn(
                         f"{self._endpoint.base_url} runs SGLang without RKSC: programs work as "
                         "on plain SGLang, running branches cannot be stopped early",
@@ -72,7 +75,14 @@ class Server:
         """Tell the server what became of a group's branches; returns those it aborted."""
         if not states or not self.has_rksc():
             return []
+        if not self._follows_branches and "pruned" not in states.values():
+            return []
         return self.post("/rksc/branches", {"group": group, "states": states})["aborted"]
+
+    def report_end(self, program: str) -> None:
+        """Tell the server that a program is over."""
+        if self.has_rksc() and self._follows_branches:
+            self.post("/rksc/branches", {"program": program})
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         endpoint = self._endpoint
@@ -98,4 +108,21 @@ def server_of(backend: BaseBackend) -> Server | None:
     with _servers_lock:
         if backend not in _servers:
             _servers[backend] = Server(backend)
+            _watch_ends(backend, _servers[backend])
         return _servers[backend]
+
+
+def _watch_ends(backend: RuntimeEndpoint, server: Server) -> None:
+    """SGLang tells a backend of every program that ends, and every fork of it."""
+    tell = backend.end_program
+
+    def end_program(executor: Any) -> None:
+        tell(executor)
+        program = getattr(executor, "rksc_program", None)
+        if program is not None:
+            try:
+                server.report_end(program)
+            except ServerError as error:
+                warnings.warn(f"the end of a program was not reported: {error}", stacklevel=2)
+
+    backend.end_program = end_program

@@ -1,10 +1,15 @@
-"""What becomes of branches, and what that says about the KV that they left in the tree.
+"""What becomes of programs and their branches, and what that says about the KV that they left.
 
-A branch's nodes are those that its own requests computed: what it shares with its siblings was
-computed before the fork, and is nobody's. While a branch is alive its nodes are leased, so that the
-next level of the tree finds them; when it is pruned or joined they go before all others. A lease is
-a place in the order of eviction, not a lock: it ends by itself, no tenant's leases are of more than
-a share of the pool, and a pool full of leases is evicted like any other.
+A *program* is one run of a user's program: it forks groups of branches, and some branches fork
+again. A branch's nodes are those that its own requests computed; what its program alone reads
+beside them (the prefix before a fork) is the program's; what several programs read is nobody's.
+Nodes of pruned and joined branches, and of programs that have no branch any more, go before all
+others. The rest of a program's nodes are leased, so that the next level of its tree finds them.
+
+A lease is a place in the order of eviction, not a lock: it ends by itself, no tenant's leases are
+of more than a share of the pool, and a pool full of leases is evicted like any other. Where
+programs want more than there is, those that began first keep theirs: they end first, and what a
+program needs is of no use in parts.
 """
 
 from __future__ import annotations
@@ -23,7 +28,39 @@ State = Literal["frontier", "joined", "pruned", "won"]
 STATES: tuple[State, ...] = get_args(State)
 
 #: Ranks of nodes, lowest evicted first.
-PRUNED, JOINED, ORDINARY, LEASED = range(4)
+PRUNED, DONE, ORDINARY, LEASED = range(4)
+
+
+@dataclass(eq=False)
+class Program:
+    """One run of a user's program; times in seconds.
+
+    Attributes:
+        tenant: namespace of its requests.
+        born: when it was first heard of.
+        seen: when it was last heard of.
+        branches: by group and number.
+        prefix_tokens: that it reads beside its branches' own.
+        ended: it will read nothing any more.
+    """
+
+    tenant: Hashable
+    born: float
+    seen: float
+    branches: dict[tuple[str, int], Branch] = field(default_factory=dict)
+    prefix_tokens: int = 0
+    leased: bool = False
+    ended: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended and any(branch.alive for branch in self.branches.values())
+
+    @property
+    def tokens(self) -> int:
+        """That a lease covers."""
+        live = (branch.tokens for branch in self.branches.values() if branch.alive)
+        return self.prefix_tokens + sum(live)
 
 
 @dataclass(eq=False)
@@ -31,89 +68,130 @@ class Branch:
     """One branch of a group.
 
     Attributes:
-        tenant: namespace of its requests.
         state: as last reported.
-        seen: when it was last heard of, in seconds.
         tokens: that its requests left in the tree.
     """
 
-    tenant: Hashable
+    program: Program
     state: State = "frontier"
-    seen: float = 0.0
     tokens: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return not self.program.ended and self.state in ("frontier", "won")
 
 
 @dataclass
 class LifeCycle:
-    """Branches of all groups, and who owns which node.
+    """Programs, branches, and whose which node is.
 
     Args:
         capacity: of the pool, in tokens.
-        lease_seconds: that a branch is leased for after it was last heard of.
-        tenant_share: of the pool, that one tenant's leases may cover; the oldest lapse first.
+        lease_seconds: that a program is leased for after it was last heard of.
+        tenant_share: of the pool, that one tenant's leases may cover.
     """
 
     capacity: int
     lease_seconds: float = 60.0
-    tenant_share: float = 0.5
+    tenant_share: float = 0.8
     clock: Callable[[], float] = time.monotonic
-    groups: dict[tuple[Hashable, str], dict[int, Branch]] = field(default_factory=dict)
+    programs: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
+    groups: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
     owners: WeakKeyDictionary[UnifiedTreeNode, Branch] = field(default_factory=WeakKeyDictionary)
-    leased: set[Branch] = field(default_factory=set)
+    #: Of nodes that are no branch's: the program that alone reads it, None where several do.
+    readers: WeakKeyDictionary[UnifiedTreeNode, Program | None] = field(
+        default_factory=WeakKeyDictionary
+    )
 
-    def branch(self, tenant: Hashable, group: str, number: int) -> Branch:
-        """A branch that is heard of: by its requests, or by a report."""
-        branches = self.groups.setdefault((tenant, group), {})
-        branch = branches.setdefault(number, Branch(tenant))
-        branch.seen = self.clock()
-        return branch
+    def branch(
+        self, tenant: Hashable, group: str, number: int, program: str | None = None
+    ) -> Branch:
+        """A branch that is heard of: by its requests, or by a report.
 
-    def claim(self, branch: Branch, nodes: Iterable[UnifiedTreeNode]) -> None:
-        """These nodes hold what the branch's requests computed; who came first keeps them."""
-        for node in nodes:
+        Args:
+            program: names the run; without it the group is one by itself.
+        """
+        now = self.clock()
+        run = self.groups.get((tenant, group))
+        if run is None:
+            fresh = Program(tenant, now, now)
+            run = self.programs.setdefault((tenant, program or group), fresh)
+            self.groups[tenant, group] = run
+        run.seen = now
+        return run.branches.setdefault((group, number), Branch(run))
+
+    def claim(
+        self,
+        branch: Branch,
+        computed: Iterable[UnifiedTreeNode],
+        read: Iterable[UnifiedTreeNode] = (),
+    ) -> None:
+        """A branch's request left some nodes, and read others; who came first keeps them."""
+        for node in computed:
             if node not in self.owners:
                 self.owners[node] = branch
                 branch.tokens += len(node.key)
+        for node in read:
+            if node in self.owners:
+                continue
+            if node not in self.readers:
+                self.readers[node] = branch.program
+                branch.program.prefix_tokens += len(node.key)
+            elif self.readers[node] is not branch.program:
+                self.readers[node] = None
 
     def report(self, tenant: Hashable, group: str, states: Mapping[int, State]) -> None:
         for number, state in states.items():
             self.branch(tenant, group, number).state = state
 
+    def end(self, tenant: Hashable, program: str) -> None:
+        """A program is over, and all of its branches."""
+        run = self.programs.get((tenant, program))
+        if run is not None:
+            run.ended = True
+
     def renew(self) -> None:
-        """Decide anew which branches are leased, and forget those that are long silent."""
+        """Decide anew which programs are leased, and forget those that are long silent."""
         now = self.clock()
-        self.leased = set()
+        silent = [run for run in self.programs.values() if now - run.seen > self.lease_seconds]
+        for run in silent:
+            run.leased = False
+        if silent:
+            gone = set(map(id, silent))
+            self.programs = {k: run for k, run in self.programs.items() if id(run) not in gone}
+            self.groups = {k: run for k, run in self.groups.items() if id(run) not in gone}
         left: dict[Hashable, float] = {}
-        alive = []
-        for key, branches in list(self.groups.items()):
-            recent = [b for b in branches.values() if now - b.seen <= self.lease_seconds]
-            if not recent:
-                del self.groups[key]
-            alive += [b for b in recent if b.state == "frontier"]
-        for branch in sorted(alive, key=lambda b: b.seen, reverse=True):
-            room = left.setdefault(branch.tenant, self.tenant_share * self.capacity)
-            if branch.tokens <= room:
-                left[branch.tenant] = room - branch.tokens
-                self.leased.add(branch)
+        for run in self.programs.values():  # in the order in which they were born
+            room = left.setdefault(run.tenant, self.tenant_share * self.capacity)
+            run.leased = run.alive and run.tokens <= room
+            if run.leased:
+                left[run.tenant] = room - run.tokens
 
     def rank(self, node: UnifiedTreeNode) -> int:
         branch = self.owners.get(node)
-        if branch is None:
+        if branch is not None and not branch.alive:
+            return PRUNED if branch.state == "pruned" else DONE
+        run = branch.program if branch is not None else self.readers.get(node)
+        if run is None:
             return ORDINARY
-        if branch.state == "pruned":
-            return PRUNED
-        if branch.state == "joined":
-            return JOINED
-        return LEASED if branch in self.leased else ORDINARY
+        if run.leased:
+            return LEASED
+        return ORDINARY if run.alive else DONE
 
     def clear(self) -> None:
         """Nothing is in the tree any more."""
         self.owners.clear()
-        for branches in self.groups.values():
-            for branch in branches.values():
+        self.readers.clear()
+        for run in self.programs.values():
+            run.prefix_tokens = 0
+            for branch in run.branches.values():
                 branch.tokens = 0
 
     def to_dict(self) -> dict[str, int]:
         """For the status page."""
-        branches = [b for group in self.groups.values() for b in group.values()]
-        return {"groups": len(self.groups), "branches": len(branches), "leased": len(self.leased)}
+        runs = self.programs.values()
+        return {
+            "programs": len(self.programs),
+            "branches": sum(len(run.branches) for run in runs),
+            "leased_programs": sum(run.leased for run in runs),
+        }

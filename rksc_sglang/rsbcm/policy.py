@@ -75,7 +75,8 @@ class RkscStrategy(EvictionStrategy):
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
         counts = self.life_cycle is not None and self.uses_life_cycle
         rank = self.life_cycle.rank(node) if counts else ORDINARY  # type: ignore[union-attr]
-        protected = node.hit_count >= self.protected_threshold
+        # Programs' own nodes are read again by each sibling, which says nothing of the future.
+        protected = rank == ORDINARY and node.hit_count >= self.protected_threshold
         age = max(self.now - node.last_access_time, 1)
         return rank, protected, self._worth(node) / age
 

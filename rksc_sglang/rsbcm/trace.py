@@ -26,6 +26,7 @@ class Start(NamedTuple):
     rid: str
     tokens: array
     tenant: Tenant = (None, None)
+    program: str | None = None
     group: str | None = None
     branch: int = 0
 
@@ -48,7 +49,15 @@ class Report(NamedTuple):
     states: Mapping[int, State]
 
 
-Event = Start | Finish | Report
+class End(NamedTuple):
+    """A program is over."""
+
+    time: float
+    tenant: Tenant
+    program: str
+
+
+Event = Start | Finish | Report | End
 
 
 class TraceWriter:
@@ -64,13 +73,20 @@ class TraceWriter:
         return round(time.monotonic() - self.began, 3)
 
     def start(
-        self, rid: str, tokens: Sequence[int], tenant: Tenant, group: str | None, branch: int | None
+        self,
+        rid: str,
+        tokens: Sequence[int],
+        tenant: Tenant,
+        program: str | None,
+        group: str | None,
+        branch: int,
     ) -> None:
         """The first time that a request's whole prompt is in the tree; later calls do nothing."""
         if rid in self.started:
             return
         self.started.add(rid)
-        self._write(start=rid, tokens=list(tokens), tenant=tenant, group=group, branch=branch or 0)
+        names = {"program": program, "group": group, "branch": branch}
+        self._write(start=rid, tokens=list(tokens), tenant=tenant, **names)
 
     def finish(self, rid: str, output: Sequence[int], mass: Sequence[float] | None) -> None:
         if rid in self.started:
@@ -81,6 +97,9 @@ class TraceWriter:
     def report(self, tenant: Tenant, group: str, states: Mapping[int, str]) -> None:
         self._write(report=group, tenant=tenant, states=states)
 
+    def end(self, tenant: Tenant, program: str) -> None:
+        self._write(end=program, tenant=tenant)
+
     def _write(self, **event: object) -> None:
         json.dump({"time": self.now, **event}, self.file, separators=(",", ":"))
         self.file.write("\n")
@@ -90,8 +109,8 @@ class TraceWriter:
 def opened(path: Path, mode: Literal["r", "w"]) -> TextIO:
     """A text file, compressed where its name ends in ``.gz``."""
     if path.suffix == ".gz":
-        return gzip.open(path, f"{mode}t")
-    return path.open(mode)  # type: ignore[return-value]
+        return gzip.open(path, f"{mode}t")  # type: ignore[return-value]
+    return path.open(mode)
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:
@@ -104,6 +123,7 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
                 raw["start"],
                 array("q", raw["tokens"]),
                 tuple(raw["tenant"]),
+                raw["program"],
                 raw["group"],
                 raw["branch"],
             )
@@ -112,5 +132,7 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
         elif "report" in raw:
             states = {int(branch): state for branch, state in raw["states"].items()}
             yield Report(raw["time"], tuple(raw["tenant"]), raw["report"], states)
+        elif "end" in raw:
+            yield End(raw["time"], tuple(raw["tenant"]), raw["end"])
         else:
             raise ValueError(f"no event of a trace: {line[:80]}")

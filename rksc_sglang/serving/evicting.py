@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from rksc_sglang.decoder import UnsupportedModel
 from rksc_sglang.rsbcm.attention_mass import AttentionSampler, SlotMass
-from rksc_sglang.rsbcm.life_cycle import STATES
+from rksc_sglang.rsbcm.life_cycle import STATES, State
 from rksc_sglang.rsbcm.policy import POLICIES
+from rksc_sglang.rsbcm.trace import Tenant
 from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.radix_cache import RkscRadixCache
 
@@ -67,28 +68,41 @@ def build_sampler(
     return sampler
 
 
-# Reports of branches, from the tokenizer process: SGLang's message for setting a scheduler's state
-# has names and numbers only, so that each branch is a name, and its state a number.
+# Reports from the tokenizer process. SGLang's message for setting a scheduler's state has names and
+# numbers only: what is reported of is a name, and its state a number.
+
+#: (group, branch) and the branch's state; (program, None) and "ended".
+Reports = Mapping[tuple[str, int | None], str]
 
 _PREFIX = "rksc:"
+_STATES = (*STATES, "ended")
 
 
-def encode_states(
-    group: str, states: Mapping[int, str], extra_key: str | None, cache_salt: str | None
-) -> dict[str, int]:
+def states_of(group: str, states: Mapping[int, State]) -> Reports:
+    return {(group, branch): state for branch, state in states.items()}
+
+
+def end_of(program: str) -> Reports:
+    return {(program, None): "ended"}
+
+
+def encode(tenant: Tenant, reports: Reports) -> dict[str, int]:
     """``server_args`` of a ``SetInternalStateReq``."""
     return {
-        _PREFIX + json.dumps([extra_key, cache_salt, group, branch]): STATES.index(state)
-        for branch, state in states.items()
+        _PREFIX + json.dumps([*tenant, *name]): _STATES.index(state)
+        for name, state in reports.items()
     }
 
 
-def report_states(cache: RkscRadixCache, encoded: Mapping[str, float]) -> bool:
+def receive(cache: RkscRadixCache, encoded: Mapping[str, float]) -> bool:
     """Hand reports to the cache; False, with nothing done, for what is not a report."""
     if not encoded or not all(name.startswith(_PREFIX) for name in encoded):
         return False
     for name, state in encoded.items():
-        extra_key, cache_salt, group, branch = json.loads(name.removeprefix(_PREFIX))
+        extra_key, cache_salt, who, branch = json.loads(name.removeprefix(_PREFIX))
         tenant = (extra_key, cache_salt)
-        cache.report_branches(tenant, group, {branch: STATES[int(state)]})
+        if branch is None:
+            cache.end_program(tenant, who)
+        else:
+            cache.report_branches(tenant, who, {branch: STATES[int(state)]})
     return True

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 import sglang
 import torch
 import transformers
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sglang.srt.entrypoints.http_server import get_global_state
 
 import rksc_sglang
 from rksc_sglang.contract import KEY, ContractError
+from rksc_sglang.rsbcm.life_cycle import State
+from rksc_sglang.serving.evicting import end_of, states_of
 from rksc_sglang.serving.tokenizer_manager import RkscTokenizerManager, response_infos
 
 HEADER = b"x-rksc"
@@ -50,15 +52,23 @@ async def status() -> dict[str, Any]:
 class BranchStates(BaseModel):
     """Body of ``POST /rksc/branches``: what became of a group's branches.
 
-    ``extra_key`` and ``cache_salt`` name the tenant, as on the requests themselves.
+    ``program`` names one that has ended, all of its groups with it. ``extra_key`` and
+    ``cache_salt`` name the tenant, as on the requests themselves.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    group: str = Field(min_length=1)
-    states: dict[int, Literal["frontier", "joined", "pruned", "won"]]
+    group: str | None = Field(default=None, min_length=1)
+    states: dict[int, State] = {}
+    program: str | None = Field(default=None, min_length=1)
     extra_key: str | None = None
     cache_salt: str | None = None
+
+    @model_validator(mode="after")
+    def _names_something(self) -> BranchStates:
+        if self.group is None and (self.program is None or self.states):
+            raise ValueError("group: is needed where states are reported; or program, alone")
+        return self
 
 
 @router.post("/branches")
@@ -67,10 +77,15 @@ async def branches(body: BranchStates) -> dict[str, Any]:
 
     The cache hears of it between two passes, later than this answers.
     """
-    pruned = {branch for branch, state in body.states.items() if state == "pruned"}
-    tenant = {"extra_key": body.extra_key, "cache_salt": body.cache_salt}
-    aborted = _manager().abort_branches(body.group, pruned, tenant)
-    _manager().report_branches(body.group, body.states, tenant)
+    manager = _manager()
+    aborted: list[int] = []
+    tenant = (body.extra_key, body.cache_salt)
+    if body.group is not None:
+        pruned = {branch for branch, state in body.states.items() if state == "pruned"}
+        aborted = manager.abort_branches(body.group, pruned, tenant)
+        manager.report(tenant, states_of(body.group, body.states))
+    if body.program is not None:
+        manager.report(tenant, end_of(body.program))
     return {"group": body.group, "aborted": aborted}
 
 

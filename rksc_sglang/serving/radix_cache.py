@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.registry import (
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from rksc_sglang.config import RkscConfig
+from rksc_sglang.contract import RequestContract
 from rksc_sglang.rsbcm.life_cycle import PRUNED, Branch, LifeCycle, State
 from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
 from rksc_sglang.rsbcm.trace import Tenant, TraceWriter
@@ -122,22 +123,25 @@ class RkscRadixCache(UnifiedRadixCache):
         if self.life_cycle is not None:
             self._safely(self._claim, req, known)
         if self.trace is not None and up_to >= len(req.origin_input_ids):
-            group, branch = _branch_name(req)
-            self.trace.start(req.rid, req.origin_input_ids, namespace_of(req), group, branch)
+            contract = _contract_of(req) or RequestContract()
+            names = contract.program, contract.group, contract.branch or 0
+            self.trace.start(req.rid, req.origin_input_ids, namespace_of(req), *names)
 
     def _claim(self, req: Req, known: int) -> None:
         branch = self._branch_of(req)
         if branch is not None:
-            node = self.tree_core.node_by_id(req.last_node)
             assert self.life_cycle is not None
-            self.life_cycle.claim(branch, path_behind(node, req.kv.cache_protected_len, known))
+            node = self.tree_core.node_by_id(req.last_node)
+            self.life_cycle.claim(branch, *split_path(node, req.kv.cache_protected_len, known))
 
     def _branch_of(self, req: Req) -> Branch | None:
-        group, branch = _branch_name(req)
-        if group is None or branch is None:
+        contract = _contract_of(req)
+        if contract is None or contract.group is None:
             return None
         assert self.life_cycle is not None
-        return self.life_cycle.branch(namespace_of(req), group, branch)
+        return self.life_cycle.branch(
+            namespace_of(req), contract.group, contract.branch or 0, contract.program
+        )
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
@@ -165,6 +169,13 @@ class RkscRadixCache(UnifiedRadixCache):
         if self.life_cycle is not None:
             self._safely(self.life_cycle.report, tenant, group, states)
             self._safely(self.free_pruned)
+
+    def end_program(self, tenant: Tenant, program: str) -> None:
+        """Take note that a program is over."""
+        if self.trace is not None:
+            self.trace.end(tenant, program)
+        if self.life_cycle is not None:
+            self._safely(self.life_cycle.end, tenant, program)
 
     def free_pruned(self) -> None:
         """Evict the nodes of pruned branches that nothing stands on and nobody reads."""
@@ -195,19 +206,25 @@ class RkscRadixCache(UnifiedRadixCache):
         }
 
 
-def _branch_name(req: Req) -> tuple[str | None, int | None]:
-    contract = getattr(getattr(req, "rksc", None), "contract", None)
-    return (None, None) if contract is None else (contract.group, contract.branch)
+def _contract_of(req: Req) -> RequestContract | None:
+    return getattr(getattr(req, "rksc", None), "contract", None)
 
 
-def path_behind(node: UnifiedTreeNode, end: int, start: int) -> Iterator[UnifiedTreeNode]:
-    """From a node that ends ``end`` tokens from the root, up to where ``start`` tokens are left."""
+def split_path(
+    node: UnifiedTreeNode, end: int, known: int
+) -> tuple[list[UnifiedTreeNode], list[UnifiedTreeNode]]:
+    """The nodes above a node that ends ``end`` tokens from the root, and it.
+
+    Returns:
+        Those behind the first ``known`` tokens, and those that hold these.
+    """
+    behind: list[UnifiedTreeNode] = []
+    before: list[UnifiedTreeNode] = []
     while node.parent is not None:
         end -= len(node.key)
-        if end < start:
-            return
-        yield node
+        (behind if end >= known else before).append(node)
         node = node.parent
+    return behind, before
 
 
 def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:

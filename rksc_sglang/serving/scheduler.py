@@ -18,7 +18,7 @@ from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
 from rksc_sglang.rsbcm.trace import TraceWriter
 from rksc_sglang.serving.doubt import Doubt
-from rksc_sglang.serving.evicting import build_sampler, check_eviction, report_states
+from rksc_sglang.serving.evicting import build_sampler, check_eviction, receive
 from rksc_sglang.serving.features import Unsupported, decide, fallback_reason
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
@@ -341,7 +341,7 @@ class RkscScheduler(stock.Scheduler):
 
     def set_internal_state(self, recv_req: SetInternalStateReq) -> Any:
         cache = self.tree_cache
-        if isinstance(cache, RkscRadixCache) and report_states(cache, recv_req.server_args):
+        if isinstance(cache, RkscRadixCache) and receive(cache, recv_req.server_args):
             return SetInternalStateReqOutput(updated=True)
         return super().set_internal_state(recv_req)
 

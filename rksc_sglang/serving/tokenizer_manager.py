@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from sglang.srt.entrypoints.engine import init_tokenizer_manager as stock_init
@@ -14,7 +14,8 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import KEY, ContractError, RequestContract, contract_of
 from rksc_sglang.rsbcm.policy import POLICIES
-from rksc_sglang.serving.evicting import encode_states
+from rksc_sglang.rsbcm.trace import Tenant
+from rksc_sglang.serving.evicting import Reports, encode
 from rksc_sglang.serving.metrics import FRONTEND_COUNTERS, Counters
 
 #: ``meta_info["rksc"]`` of the HTTP request being answered, by request id; set per request by
@@ -79,13 +80,8 @@ class RkscTokenizerManager(TokenizerManager):
         if customized_info.get(KEY) and customized_info[KEY][index]:
             meta_info[KEY] = customized_info[KEY][index][0]
 
-    def abort_branches(
-        self, group: str, branches: set[int], namespace: Mapping[str, str | None]
-    ) -> list[int]:
+    def abort_branches(self, group: str, branches: set[int], tenant: Tenant) -> list[int]:
         """Abort the running requests of these branches, within one tenant's namespace.
-
-        Args:
-            namespace: ``extra_key`` and ``cache_salt`` as the requests carry them.
 
         Returns:
             The branches that had a running request.
@@ -93,8 +89,8 @@ class RkscTokenizerManager(TokenizerManager):
         aborted = []
         for rid, state in list(self.rid_to_state.items()):
             if not isinstance(state.obj, GenerateReqInput) or any(
-                (getattr(state.obj, key) or None) != namespace.get(key)
-                for key in ("extra_key", "cache_salt")
+                (getattr(state.obj, key) or None) != value
+                for key, value in zip(("extra_key", "cache_salt"), tenant)
             ):
                 continue
             for contract in contracts_of(state.obj.sampling_params):
@@ -104,16 +100,12 @@ class RkscTokenizerManager(TokenizerManager):
                     aborted.append(contract.branch)
         return sorted(aborted)
 
-    def report_branches(
-        self, group: str, states: Mapping[int, str], namespace: Mapping[str, str | None]
-    ) -> None:
+    def report(self, tenant: Tenant, reports: Reports) -> None:
         """Tell the schedulers, without waiting for them, where somebody listens."""
         if self.server_args.radix_eviction_policy not in POLICIES and not self.rksc_config.trace:
             return
-        encoded = encode_states(group, states, **namespace)
-        task = asyncio.create_task(
-            self.set_internal_state(SetInternalStateReq(server_args=encoded))
-        )
+        request = SetInternalStateReq(server_args=encode(tenant, reports))
+        task = asyncio.create_task(self.set_internal_state(request))
         self.rksc_reports.add(task)  # or it may be collected before it is done
         task.add_done_callback(self.rksc_reports.discard)
 

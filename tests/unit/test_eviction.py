@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rksc_sglang.rsbcm.attention_mass import SlotMass
-from rksc_sglang.rsbcm.life_cycle import JOINED, LEASED, ORDINARY, PRUNED, LifeCycle
+from rksc_sglang.rsbcm.life_cycle import DONE, LEASED, ORDINARY, PRUNED, LifeCycle
 from rksc_sglang.rsbcm.policy import PaperStrategy, make_strategy
-from rksc_sglang.serving.radix_cache import RkscRadixCache, path_behind
+from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
 TENANT = (None, None)
 CAPACITY = 64
@@ -48,7 +48,7 @@ def insert(cache, tokens, group=None, branch=0):
     node = cache.tree_core.node_by_id(result.last_device_node)
     if group is not None:
         owner = cache.life_cycle.branch(TENANT, group, branch)
-        cache.life_cycle.claim(owner, path_behind(node, len(tokens), known))
+        cache.life_cycle.claim(owner, *split_path(node, len(tokens), known))
     return node
 
 
@@ -169,26 +169,60 @@ class Node:
         self.key = range(tokens)
 
 
-def test_a_lease_ends_by_itself_and_no_tenant_leases_more_than_its_share():
-    now = 0.0
-    cycle = LifeCycle(100, lease_seconds=10, tenant_share=0.5, clock=lambda: now)
+@pytest.fixture
+def clock():
+    return [0.0]
+
+
+@pytest.fixture
+def cycle(clock):
+    return LifeCycle(100, lease_seconds=10, tenant_share=0.5, clock=lambda: clock[0])
+
+
+def test_no_tenant_leases_more_than_its_share_and_the_first_keep_theirs(cycle, clock):
     nodes = []
     for number in range(3):
-        now = float(number)
+        clock[0] = float(number)
         nodes.append(Node(20))
-        cycle.claim(cycle.branch(TENANT, "g", number), [nodes[-1]])
+        cycle.claim(cycle.branch(TENANT, f"g{number}", 0), [nodes[-1]])
     other = Node(20)
-    cycle.claim(cycle.branch(("other", None), "g", 0), [other])
+    cycle.claim(cycle.branch(("other", None), "g0", 0), [other])
     cycle.renew()
-    assert [cycle.rank(node) for node in nodes] == [ORDINARY, LEASED, LEASED]
+    assert [cycle.rank(node) for node in nodes] == [LEASED, LEASED, ORDINARY]
     assert cycle.rank(other) == LEASED
-    cycle.report(TENANT, "g", {1: "joined", 2: "pruned"})
+    cycle.report(TENANT, "g0", {0: "joined"})
+    cycle.report(TENANT, "g1", {0: "pruned"})
     cycle.renew()
-    assert [cycle.rank(node) for node in nodes] == [LEASED, JOINED, PRUNED]
-    now = 100.0
+    assert [cycle.rank(node) for node in nodes] == [DONE, PRUNED, LEASED]
+
+
+def test_a_lease_ends_by_itself(cycle, clock):
+    node = Node(20)
+    cycle.claim(cycle.branch(TENANT, "g", 0), [node])
+    clock[0] = 11.0
     cycle.renew()
-    assert cycle.rank(nodes[0]) == ORDINARY
-    assert cycle.groups == {}, "what is long silent is forgotten"
+    assert cycle.rank(node) == ORDINARY
+    assert not cycle.groups, "what is long silent is forgotten"
+    assert not cycle.programs
+
+
+def test_a_prefix_is_its_programs_until_another_reads_it(cycle):
+    own, shared = Node(10), Node(10)
+    first = cycle.branch(TENANT, "a", 0, "run-1")
+    again = cycle.branch(TENANT, "b", 0, "run-1")
+    for branch in (first, again):
+        cycle.claim(branch, [Node(5)], [own, shared])
+    cycle.claim(cycle.branch(TENANT, "c", 0, "run-2"), [Node(5)], [shared])
+    cycle.renew()
+    assert cycle.rank(own) == LEASED
+    assert cycle.rank(shared) == ORDINARY
+    cycle.report(TENANT, "a", {0: "joined"})
+    cycle.renew()
+    assert cycle.rank(own) == LEASED, "the program has another group"
+    cycle.report(TENANT, "b", {0: "pruned"})
+    cycle.renew()
+    assert cycle.rank(own) == DONE
+    assert cycle.rank(shared) == ORDINARY
 
 
 # Properties
