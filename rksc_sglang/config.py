@@ -108,7 +108,7 @@ class RkscConfig:
     trace: str | None = _setting(
         None,
         "file to write a trace of requests to, for python -m benchmarks.eviction --trace: token "
-        "ids, branches, attention mass; compressed where its name ends in .gz",
+        "ids, branches, attention mass",
         type_=str,
     )
     guard_share: float = _setting(

@@ -61,7 +61,8 @@ class BranchGroup(ProgramStateGroup):
         if unknown:
             raise IndexError(f"no branch {unknown[0]} in a group of {len(self)}")
         self.stopped |= chosen
-        return self.report(dict.fromkeys(sorted(chosen), "pruned"))
+        left = dict.fromkeys(set(range(len(self))) - self.stopped, "frontier")
+        return self.report({**dict.fromkeys(sorted(chosen), "pruned"), **left})
 
     def join(self, mode: str = "gather_variable") -> None:
         """As in SGLang: wait for all branches, gather their variables into the source state.

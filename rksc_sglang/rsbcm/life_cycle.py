@@ -4,12 +4,12 @@ A *program* is one run of a user's program: it forks groups of branches, and som
 again. A branch's nodes are those that its own requests computed; what its program alone reads
 beside them (the prefix before a fork) is the program's; what several programs read is nobody's.
 Nodes of pruned and joined branches, and of programs that have no branch any more, go before all
-others. The rest of a program's nodes are leased, so that the next level of its tree finds them.
+others. Branches that are reported as the frontier, to be gone on from, are leased: their nodes
+count as just used.
 
 A lease is a place in the order of eviction, not a lock: it ends by itself, no tenant's leases are
 of more than a share of the pool, and a pool full of leases is evicted like any other. Where
-programs want more than there is, those that began first keep theirs: they end first, and what a
-program needs is of no use in parts.
+branches want more than there is, those that were reported first keep theirs.
 """
 
 from __future__ import annotations
@@ -23,44 +23,33 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
-#: As ``POST /rksc/branches`` takes them; a branch that was never reported is "frontier".
+#: As ``POST /rksc/branches`` takes them.
 State = Literal["frontier", "joined", "pruned", "won"]
 STATES: tuple[State, ...] = get_args(State)
 
 #: Ranks of nodes, lowest evicted first.
-PRUNED, DONE, ORDINARY, LEASED = range(4)
+PRUNED, DONE, ORDINARY = range(3)
 
 
 @dataclass(eq=False)
 class Program:
-    """One run of a user's program; times in seconds.
+    """One run of a user's program.
 
     Attributes:
         tenant: namespace of its requests.
-        born: when it was first heard of.
-        seen: when it was last heard of.
+        seen: when it was last heard of, in seconds.
         branches: by group and number.
-        prefix_tokens: that it reads beside its branches' own.
         ended: it will read nothing any more.
     """
 
     tenant: Hashable
-    born: float
     seen: float
     branches: dict[tuple[str, int], Branch] = field(default_factory=dict)
-    prefix_tokens: int = 0
-    leased: bool = False
     ended: bool = False
 
     @property
     def alive(self) -> bool:
         return not self.ended and any(branch.alive for branch in self.branches.values())
-
-    @property
-    def tokens(self) -> int:
-        """That a lease covers."""
-        live = (branch.tokens for branch in self.branches.values() if branch.alive)
-        return self.prefix_tokens + sum(live)
 
 
 @dataclass(eq=False)
@@ -69,16 +58,19 @@ class Branch:
 
     Attributes:
         state: as last reported.
+        reported: when that was, in seconds.
         tokens: that its requests left in the tree.
     """
 
     program: Program
-    state: State = "frontier"
+    state: State | None = None
+    reported: float = 0.0
     tokens: int = 0
+    leased: bool = False
 
     @property
     def alive(self) -> bool:
-        return not self.program.ended and self.state in ("frontier", "won")
+        return not self.program.ended and self.state not in ("joined", "pruned")
 
 
 @dataclass
@@ -87,13 +79,15 @@ class LifeCycle:
 
     Args:
         capacity: of the pool, in tokens.
-        lease_seconds: that a program is leased for after it was last heard of.
+        lease_seconds: that a branch is leased for after it was reported as the frontier.
+        memory_seconds: that a silent program is remembered for.
         tenant_share: of the pool, that one tenant's leases may cover.
     """
 
     capacity: int
     lease_seconds: float = 60.0
-    tenant_share: float = 0.8
+    memory_seconds: float = 600.0
+    tenant_share: float = 0.5
     clock: Callable[[], float] = time.monotonic
     programs: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
     groups: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
@@ -114,7 +108,7 @@ class LifeCycle:
         now = self.clock()
         run = self.groups.get((tenant, group))
         if run is None:
-            fresh = Program(tenant, now, now)
+            fresh = Program(tenant, now)
             run = self.programs.setdefault((tenant, program or group), fresh)
             self.groups[tenant, group] = run
         run.seen = now
@@ -127,6 +121,7 @@ class LifeCycle:
         read: Iterable[UnifiedTreeNode] = (),
     ) -> None:
         """A branch's request left some nodes, and read others; who came first keeps them."""
+        run = branch.program
         for node in computed:
             if node not in self.owners:
                 self.owners[node] = branch
@@ -135,14 +130,14 @@ class LifeCycle:
             if node in self.owners:
                 continue
             if node not in self.readers:
-                self.readers[node] = branch.program
-                branch.program.prefix_tokens += len(node.key)
-            elif self.readers[node] is not branch.program:
+                self.readers[node] = run
+            elif self.readers[node] is not run:
                 self.readers[node] = None
 
     def report(self, tenant: Hashable, group: str, states: Mapping[int, State]) -> None:
         for number, state in states.items():
-            self.branch(tenant, group, number).state = state
+            branch = self.branch(tenant, group, number)
+            branch.state, branch.reported = state, self.clock()
 
     def end(self, tenant: Hashable, program: str) -> None:
         """A program is over, and all of its branches."""
@@ -151,39 +146,47 @@ class LifeCycle:
             run.ended = True
 
     def renew(self) -> None:
-        """Decide anew which programs are leased, and forget those that are long silent."""
+        """Decide anew which branches are leased, and forget programs that are long silent."""
         now = self.clock()
-        silent = [run for run in self.programs.values() if now - run.seen > self.lease_seconds]
-        for run in silent:
-            run.leased = False
-        if silent:
-            gone = set(map(id, silent))
-            self.programs = {k: run for k, run in self.programs.items() if id(run) not in gone}
-            self.groups = {k: run for k, run in self.groups.items() if id(run) not in gone}
+        frontier: list[Branch] = []
+        for key, run in list(self.programs.items()):
+            if now - run.seen > self.memory_seconds:
+                del self.programs[key]
+                for group, _ in run.branches:
+                    self.groups.pop((run.tenant, group), None)
+            for branch in run.branches.values():
+                branch.leased = False
+                if branch.alive and branch.state == "frontier":
+                    frontier.append(branch)
         left: dict[Hashable, float] = {}
-        for run in self.programs.values():  # in the order in which they were born
-            room = left.setdefault(run.tenant, self.tenant_share * self.capacity)
-            run.leased = run.alive and run.tokens <= room
-            if run.leased:
-                left[run.tenant] = room - run.tokens
+        for branch in sorted(frontier, key=lambda branch: branch.reported):
+            tenant = branch.program.tenant
+            room = left.setdefault(tenant, self.tenant_share * self.capacity)
+            if now - branch.reported <= self.lease_seconds and branch.tokens <= room:
+                left[tenant] = room - branch.tokens
+                branch.leased = True
 
     def rank(self, node: UnifiedTreeNode) -> int:
         branch = self.owners.get(node)
         if branch is not None and not branch.alive:
             return PRUNED if branch.state == "pruned" else DONE
-        run = branch.program if branch is not None else self.readers.get(node)
-        if run is None:
-            return ORDINARY
-        if run.leased:
-            return LEASED
-        return ORDINARY if run.alive else DONE
+        run = self.program_of(node)
+        return DONE if run is not None and not run.alive else ORDINARY
+
+    def program_of(self, node: UnifiedTreeNode) -> Program | None:
+        """Whose node it is, alone."""
+        branch = self.owners.get(node)
+        return branch.program if branch is not None else self.readers.get(node)
+
+    def is_leased(self, node: UnifiedTreeNode) -> bool:
+        branch = self.owners.get(node)
+        return branch is not None and branch.leased
 
     def clear(self) -> None:
         """Nothing is in the tree any more."""
         self.owners.clear()
         self.readers.clear()
         for run in self.programs.values():
-            run.prefix_tokens = 0
             for branch in run.branches.values():
                 branch.tokens = 0
 
@@ -193,5 +196,5 @@ class LifeCycle:
         return {
             "programs": len(self.programs),
             "branches": sum(len(run.branches) for run in runs),
-            "leased_programs": sum(run.leased for run in runs),
+            "leased": sum(b.leased for run in runs for b in run.branches.values()),
         }

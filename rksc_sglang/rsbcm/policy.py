@@ -6,7 +6,7 @@ parent is a leaf. All priorities of one walk are taken at its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
@@ -19,43 +19,50 @@ if TYPE_CHECKING:
 
 
 class RkscStrategy(EvictionStrategy):
-    """Life cycle first, then reuse, then recency weighed by what a node is worth.
+    """Life cycle first, then how long ago a node was of use, in relation to what it is worth.
 
-    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Within a rank, nodes that
-    were inserted once go before those that were used again. Within these, the value of a token is
-    its worth over its age, and the worth is one plus the weighted ingredients below.
+    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Within a rank, what was of
+    use the longest ago goes first, where
+
+    - a leased branch's nodes are of use now;
+    - a node of no program that was used again is given ``reuse`` times the age at which nodes are
+      evicted at present, so that what is read once does not push it out;
+    - ages are divided by a node's worth: one plus the weighted ingredients below.
 
     Args:
-        protected_threshold: uses from which on a node is protected, as SGLang's ``slru`` counts.
-        mass: weight of the attention that the node's tokens get, relative to the tree's mean.
-        depth: weight of the node's distance from the root, in nodes: shallow is worth more.
-        cost: weight of the share of a recomputation that attention to the prefix is.
-        fan_out: weight of the number of siblings.
         life_cycle: whether branches' fates count.
+        lease: whether branches' leases count.
+        reuse: see above.
+        mass: weight of the attention that the node's tokens get, relative to the tree's mean.
+        depth: weight of the node's nearness to the root, in nodes.
+        cost: weight of the share of its recomputation that attention to its prefix is.
+        fan_out: weight of the number of its siblings.
     """
 
     def __init__(
         self,
-        protected_threshold: int = 2,
+        life_cycle: bool = True,
+        lease: bool = True,
+        reuse: float = 2.0,
         mass: float = 0.0,
         depth: float = 0.0,
         cost: float = 0.0,
         fan_out: float = 0.0,
-        life_cycle: bool = True,
     ) -> None:
-        self.protected_threshold = protected_threshold
+        self.uses_life_cycle, self.uses_leases = life_cycle, lease
+        self.reuse = reuse
         self.weights = {"mass": mass, "depth": depth, "cost": cost, "fan_out": fan_out}
         self.life_cycle: LifeCycle | None = None
-        self.uses_life_cycle = life_cycle
         self.slot_mass: SlotMass | None = None
         self.now = 0.0
+        self.evicted_age = 0.0  # of nodes without any advantage; a moving average
         self._importance: Mapping[UnifiedTreeNode, float] = {}
 
     @property
     def uses_mass(self) -> bool:
         return self.weights["mass"] != 0
 
-    def begin(self, leaves: Iterable[UnifiedTreeNode]) -> None:
+    def begin(self, leaves: Collection[UnifiedTreeNode]) -> None:
         """A walk begins; these are the leaves that it may evict."""
         if self.life_cycle is not None:
             self.life_cycle.renew()
@@ -63,6 +70,9 @@ class RkscStrategy(EvictionStrategy):
         if self.uses_mass and self.slot_mass is not None:
             self._importance = self.slot_mass.of_nodes(leaves)
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
+        plain = [leaf.last_access_time for leaf in leaves if leaf.hit_count < 2]
+        if plain:
+            self.evicted_age += 0.1 * (self.now - min(plain) - self.evicted_age)
 
     def importance(self, node: UnifiedTreeNode) -> float:
         """Attention mass per token, relative to the mean over all slots that have any."""
@@ -73,12 +83,14 @@ class RkscStrategy(EvictionStrategy):
         return self._importance[node]
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
-        counts = self.life_cycle is not None and self.uses_life_cycle
-        rank = self.life_cycle.rank(node) if counts else ORDINARY  # type: ignore[union-attr]
-        # Programs' own nodes are read again by each sibling, which says nothing of the future.
-        protected = rank == ORDINARY and node.hit_count >= self.protected_threshold
-        age = max(self.now - node.last_access_time, 1)
-        return rank, protected, self._worth(node) / age
+        cycle, last = self.life_cycle, node.last_access_time
+        if self.uses_leases and cycle is not None and cycle.is_leased(node):
+            last = self.now
+        elif node.hit_count > 1 and (cycle is None or cycle.program_of(node) is None):
+            last += self.reuse * self.evicted_age
+        rank = cycle.rank(node) if cycle is not None and self.uses_life_cycle else ORDINARY
+        age = self.now - last
+        return rank, -age / self._worth(node) if age > 0 else -age
 
     def _worth(self, node: UnifiedTreeNode) -> float:
         weights, worth = self.weights, 1.0

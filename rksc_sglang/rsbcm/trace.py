@@ -6,13 +6,12 @@ branches. Text is not in it, token ids are.
 
 from __future__ import annotations
 
-import gzip
 import json
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import NamedTuple
 
 from rksc_sglang.rsbcm.life_cycle import State
 
@@ -61,10 +60,10 @@ Event = Start | Finish | Report | End
 
 
 class TraceWriter:
-    """Writes events to a file, compressed where its name ends in ``.gz``."""
+    """Writes events to a file, which is whole after each of them."""
 
     def __init__(self, path: Path) -> None:
-        self.file = opened(path, "w")
+        self.file = path.open("w")
         self.began = time.monotonic()
         self.started: set[str] = set()
 
@@ -104,13 +103,6 @@ class TraceWriter:
         json.dump({"time": self.now, **event}, self.file, separators=(",", ":"))
         self.file.write("\n")
         self.file.flush()
-
-
-def opened(path: Path, mode: Literal["r", "w"]) -> TextIO:
-    """A text file, compressed where its name ends in ``.gz``."""
-    if path.suffix == ".gz":
-        return gzip.open(path, f"{mode}t")  # type: ignore[return-value]
-    return path.open(mode)
 
 
 def read_events(lines: Iterable[str]) -> Iterator[Event]:

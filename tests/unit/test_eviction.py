@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rksc_sglang.rsbcm.attention_mass import SlotMass
-from rksc_sglang.rsbcm.life_cycle import DONE, LEASED, ORDINARY, PRUNED, LifeCycle
+from rksc_sglang.rsbcm.life_cycle import DONE, ORDINARY, PRUNED, LifeCycle
 from rksc_sglang.rsbcm.policy import PaperStrategy, make_strategy
 from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
@@ -20,9 +20,7 @@ CAPACITY = 64
 def cache_class(policy, config=None):
     class Cache(RkscRadixCache):
         def __init__(self, params):
-            super().__init__(
-                replace(params, eviction_policy=policy, eviction_policy_config=config)
-            )
+            super().__init__(replace(params, eviction_policy=policy, eviction_policy_config=config))
 
     return Cache
 
@@ -32,7 +30,7 @@ def cache(make_cache):
     return make_cache(cache_class("rksc"), capacity=CAPACITY)
 
 
-def insert(cache, tokens, group=None, branch=0):
+def insert(cache, tokens, group=None, branch=0, program=None):
     """As a request leaves it; gives the node where it ends, None where the pool is full."""
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -47,7 +45,7 @@ def insert(cache, tokens, group=None, branch=0):
     result = cache.insert(InsertParams(key=key, value=slots, prev_prefix_len=known))
     node = cache.tree_core.node_by_id(result.last_device_node)
     if group is not None:
-        owner = cache.life_cycle.branch(TENANT, group, branch)
+        owner = cache.life_cycle.branch(TENANT, group, branch, program)
         cache.life_cycle.claim(owner, *split_path(node, len(tokens), known))
     return node
 
@@ -69,18 +67,28 @@ def held(cache, tokens):
 # What is evicted first
 
 
-def test_finished_branches_go_before_others_and_living_ones_last(cache):
+def test_finished_branches_go_before_others_and_leased_ones_last(cache):
     insert(cache, [1, 2, 3])
     insert(cache, [1, 2, 3, 10, 11], "g", 0)
-    insert(cache, [1, 2, 3, 20, 21], "g", 1)
     insert(cache, [5, 6])
-    cache.report_branches(TENANT, "g", {1: "joined"})
+    insert(cache, [1, 2, 3, 20, 21], "g", 1)
+    cache.report_branches(TENANT, "g", {0: "frontier", 1: "joined"})
     evict(cache, 2)
     assert held(cache, [1, 2, 3, 20, 21]) == 3
     evict(cache, 2)
     assert held(cache, [5, 6]) == 0
     evict(cache, 1)
     assert held(cache, [1, 2, 3, 10, 11]) == 3
+
+
+def test_what_a_program_alone_reads_goes_when_it_ends(cache):
+    insert(cache, [1, 2, 3])
+    insert(cache, [5, 6])
+    insert(cache, [1, 2, 3, 10], "g", 0, "run")
+    insert(cache, [1, 2, 3, 11], "g", 1, "run")
+    cache.end_program(TENANT, "run")
+    evict(cache, 5)
+    assert held(cache, [5, 6]) == 2
 
 
 def test_a_pruned_branch_gives_its_pages_back_at_once_and_nobody_elses(cache):
@@ -119,12 +127,17 @@ def test_text_that_two_branches_share_stays_when_one_is_pruned(cache):
     assert held(cache, [1, 2, 3, 9, 9]) == 5
 
 
-def test_what_was_used_again_outlives_what_is_newer(cache):
+def test_what_was_used_again_outlives_what_is_a_little_newer(cache):
+    cache.strategy.evicted_age = 10.0
     insert(cache, [1, 2, 3])
     insert(cache, [1, 2, 3])
     insert(cache, [7, 8, 9])
     evict(cache, 1)
     assert held(cache, [1, 2, 3]) == 3
+    for token in range(100, 160):
+        insert(cache, [token])
+        evict(cache, 1)
+    assert held(cache, [1, 2, 3]) == 0, "but not for ever"
 
 
 def test_the_papers_priority_is_importance_over_depth_plus_one(make_cache):
@@ -179,30 +192,38 @@ def cycle(clock):
     return LifeCycle(100, lease_seconds=10, tenant_share=0.5, clock=lambda: clock[0])
 
 
+def frontier(cycle, number, tenant=TENANT):
+    node = Node(20)
+    cycle.claim(cycle.branch(tenant, f"g{number}", 0), [node])
+    cycle.report(tenant, f"g{number}", {0: "frontier"})
+    return node
+
+
 def test_no_tenant_leases_more_than_its_share_and_the_first_keep_theirs(cycle, clock):
     nodes = []
     for number in range(3):
         clock[0] = float(number)
-        nodes.append(Node(20))
-        cycle.claim(cycle.branch(TENANT, f"g{number}", 0), [nodes[-1]])
-    other = Node(20)
-    cycle.claim(cycle.branch(("other", None), "g0", 0), [other])
+        nodes.append(frontier(cycle, number))
+    other = frontier(cycle, 0, ("other", None))
     cycle.renew()
-    assert [cycle.rank(node) for node in nodes] == [LEASED, LEASED, ORDINARY]
-    assert cycle.rank(other) == LEASED
+    assert [cycle.is_leased(node) for node in nodes] == [True, True, False]
+    assert cycle.is_leased(other)
     cycle.report(TENANT, "g0", {0: "joined"})
     cycle.report(TENANT, "g1", {0: "pruned"})
     cycle.renew()
-    assert [cycle.rank(node) for node in nodes] == [DONE, PRUNED, LEASED]
+    assert [cycle.rank(node) for node in nodes] == [DONE, PRUNED, ORDINARY]
+    assert [cycle.is_leased(node) for node in nodes] == [False, False, True]
 
 
-def test_a_lease_ends_by_itself(cycle, clock):
-    node = Node(20)
-    cycle.claim(cycle.branch(TENANT, "g", 0), [node])
+def test_a_lease_ends_by_itself_and_a_silent_program_is_forgotten(cycle, clock):
+    node = frontier(cycle, 0)
     clock[0] = 11.0
     cycle.renew()
+    assert not cycle.is_leased(node)
     assert cycle.rank(node) == ORDINARY
-    assert not cycle.groups, "what is long silent is forgotten"
+    clock[0] = 1000.0
+    cycle.renew()
+    assert not cycle.groups
     assert not cycle.programs
 
 
@@ -213,14 +234,9 @@ def test_a_prefix_is_its_programs_until_another_reads_it(cycle):
     for branch in (first, again):
         cycle.claim(branch, [Node(5)], [own, shared])
     cycle.claim(cycle.branch(TENANT, "c", 0, "run-2"), [Node(5)], [shared])
-    cycle.renew()
-    assert cycle.rank(own) == LEASED
-    assert cycle.rank(shared) == ORDINARY
     cycle.report(TENANT, "a", {0: "joined"})
-    cycle.renew()
-    assert cycle.rank(own) == LEASED, "the program has another group"
+    assert cycle.rank(own) == ORDINARY, "the program has another group"
     cycle.report(TENANT, "b", {0: "pruned"})
-    cycle.renew()
     assert cycle.rank(own) == DONE
     assert cycle.rank(shared) == ORDINARY
 
@@ -296,7 +312,7 @@ def leases(cache):
     """Leased nodes, and how many tokens can go without any of them."""
     cycle = cache.life_cycle
     cycle.renew()
-    leased = {node for node in nodes_of(cache) if cycle.rank(node) == LEASED}
+    leased = {node for node in nodes_of(cache) if cycle.is_leased(node)}
     kept = set()
     for node in nodes_of(cache):
         if node in leased or node.component_data[0].lock_ref > 0:
