@@ -7,6 +7,7 @@ every policy. The clairvoyant bound is computed beside, token by token.
 
 from __future__ import annotations
 
+import gzip
 import heapq
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 from rksc_sglang.rsbcm.attention_mass import SlotMass
 from rksc_sglang.rsbcm.life_cycle import Branch
 from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
-from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, opened, read_events
+from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, read_events
 from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
 
@@ -67,7 +68,7 @@ def read_trace(path: Path, limit: int | None = None) -> list[Event]:
 
     Of the latter a block is one token, and requests do not overlap.
     """
-    with opened(path, "r") as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         first = json.loads(next(lines))
         lines.seek(0)
         if "hash_ids" not in first:
@@ -361,3 +362,34 @@ def _all(root: _Token) -> Iterator[_Token]:
         token = stack.pop()
         yield token
         stack += token.children.values()
+
+
+def smallest_pool(events: Sequence[Event]) -> tuple[int, int]:
+    """Tokens of the smallest pool in which the trace's requests fit, and of all that it computes.
+
+    Requests that run at once hold what they share once, as soon as it is computed.
+    """
+    root = _Token()
+    paths: dict[str, list[_Token]] = {}
+    held = peak = whole = 0
+    for event in events:
+        if isinstance(event, Start):
+            paths[event.rid] = _walk(root, (event.tenant, event.tokens))
+            new = paths[event.rid]
+        elif isinstance(event, Finish):
+            new = _walk_on(paths[event.rid][-1], event.output)
+            paths[event.rid] += new
+        else:
+            continue
+        for token in new:
+            held += token.pins == 0
+            token.pins += 1
+            whole += not token.resident
+            token.resident = True
+        # What is computed twice at once has slots twice until it is in the tree.
+        peak = max(peak, held + len(new))
+        if isinstance(event, Finish):
+            for token in paths.pop(event.rid):
+                token.pins -= 1
+                held -= token.pins == 0
+    return peak, whole

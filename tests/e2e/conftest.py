@@ -91,11 +91,14 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
 def tiny_servers(
     request: pytest.FixtureRequest, tiny_model: Path, logs: Path
 ) -> Iterator[dict[str, str]]:
-    # A pool that a dozen requests outgrow, so that they evict, wait and retract.
+    # A pool that a dozen requests outgrow, so that they evict, wait and retract: and evict what
+    # RKSC's policy says, with all that it can weigh.
     flags = ["--model-path", str(tiny_model), "--max-total-tokens", "1600"]
     flags += ["--chunked-prefill-size", "256", "--max-running-requests", "8"]
     flags += ["--page-size", str(request.param), "--dtype", "float32"]
-    with serving(logs, rksc=flags, stock=["--rksc-mode", "off", *flags]) as urls:
+    policy = ["--radix-eviction-policy", "rksc", "--rksc-trace", str(logs / "trace.jsonl")]
+    policy += ["--radix-eviction-policy-config", '{"mass": 1, "depth": 1, "fan_out": 1}']
+    with serving(logs, rksc=[*flags, *policy], stock=["--rksc-mode", "off", *flags]) as urls:
         yield urls
 
 
