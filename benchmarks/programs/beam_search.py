@@ -11,7 +11,7 @@ import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import ask_step, opening
 from benchmarks.programs.search import Node, grow, search
-from benchmarks.programs.states import judge
+from benchmarks.programs.states import fork, judge
 
 
 @sgl.function
@@ -24,11 +24,11 @@ def solve(
     expansions: int = 3,
     width: int = 2,
 ) -> Outcome:
-    def fork(state: Any) -> rksc.BranchGroup:
+    def branch_out(state: Any) -> rksc.BranchGroup:
         return rksc.fork(state, expansions, share=mechanisms.share, confidence=False)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        steps = grow(nodes, fork, settings, is_last)
+        steps = grow(nodes, branch_out, settings, is_last)
         for step in steps:
             branch = step.branch
             branch += rksc.gen_verdict(
@@ -54,11 +54,8 @@ def solve_plain(
     expansions: int = 3,
     width: int = 2,
 ) -> Outcome:
-    def fork(state: Any) -> list[Any]:
-        return state.fork(expansions).states  # computes the prefix first
-
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        steps = grow(nodes, fork, settings, is_last)
+        steps = grow(nodes, lambda state: fork(state, expansions), settings, is_last)
         scores = judge([step.branch for step in steps], lambda branch: ask_step(branch["line"]))
         return [step.scored(step.node.score * score) for step, score in zip(steps, scores)]
 

@@ -9,7 +9,7 @@ import sglang as sgl
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import ASK, VERIFIER, opening
-from benchmarks.programs.states import judge
+from benchmarks.programs.states import fork, judge
 
 
 @sgl.function
@@ -41,10 +41,11 @@ def solve(
 def solve_plain(s: Any, question: str, settings: Settings = SETTINGS, branches: int = 8) -> Outcome:
     """The verifier's prompt is a further turn of each branch, which computes nothing again."""
     s += opening(question, settings.examples)
-    group = s.fork(branches)  # computes the prefix first
-    group += lambda i: settings.generate("answer", i)
-    scores = judge(group.states, lambda branch: f"{VERIFIER} {ASK}")
-    texts = {i: branch["answer"] for i, branch in enumerate(group.states)}
+    states = fork(s, branches)
+    for i, state in enumerate(states):
+        state += settings.generate("answer", i)
+    scores = judge(states, lambda state: f"{VERIFIER} {ASK}")
+    texts = {i: state["answer"] for i, state in enumerate(states)}
     return Outcome.of(texts, scores.index(max(scores)), settings)
 
 

@@ -10,6 +10,7 @@ import rksc_sglang as rksc
 from benchmarks.programs.ballot import Ballot
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import PERSONAS, opening, quote_agents
+from benchmarks.programs.states import fork
 
 AGENTS = PERSONAS[:3]
 
@@ -49,7 +50,7 @@ def solve_plain(s: Any, question: str, settings: Settings = SETTINGS, rounds: in
     said: list[str] = []
     for round_ in range(rounds):
         message = quote_agents(question, said)
-        agents = s.fork(len(AGENTS)).states
+        agents = fork(s, len(AGENTS))
         for agent, state in enumerate(agents):
             state += _turn(settings, agent, message, round_)
         said = [state["said"] for state in agents]

@@ -20,7 +20,7 @@ from benchmarks.programs.prompts import (
     opening,
     quote,
 )
-from benchmarks.programs.states import as_finished
+from benchmarks.programs.states import as_finished, fork
 
 
 def _read(settings: Settings, reader: int, question: str) -> Any:
@@ -70,7 +70,7 @@ def solve(
 @sgl.function
 def solve_plain(s: Any, question: str, settings: Settings = SETTINGS) -> Outcome:
     """The verifier's prompt is a further turn of each reader, which computes nothing again."""
-    readers = s.fork(len(PERSONAS)).states
+    readers = fork(s, len(PERSONAS))
     for reader, state in enumerate(readers):
         state += _read(settings, reader, question)
     texts = {reader: state["answer"] for reader, state in enumerate(readers)}

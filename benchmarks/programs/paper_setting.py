@@ -8,7 +8,7 @@ import sglang as sgl
 
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
-from benchmarks.programs.states import judge
+from benchmarks.programs.states import fork, judge
 
 HINTS = (
     "Think step by step.",
@@ -51,10 +51,11 @@ def solve(
 @sgl.function
 def solve_plain(s: Any, question: str, settings: Settings = SETTINGS) -> Outcome:
     s += sgl.user_begin() + question
-    group = s.fork(len(HINTS))  # computes the prefix first
-    group += lambda branch: _answer(settings, branch)
-    scores = judge(group.states)
-    texts = {i: branch["answer"] for i, branch in enumerate(group.states)}
+    states = fork(s, len(HINTS))
+    for branch, state in enumerate(states):
+        state += _answer(settings, branch)
+    scores = judge(states)
+    texts = {i: state["answer"] for i, state in enumerate(states)}
     return Outcome.of(texts, scores.index(max(scores)), settings)
 
 

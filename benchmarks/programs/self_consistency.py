@@ -10,7 +10,7 @@ import rksc_sglang as rksc
 from benchmarks.programs.ballot import Ballot
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import opening
-from benchmarks.programs.states import as_finished
+from benchmarks.programs.states import as_finished, fork
 
 
 @sgl.function
@@ -39,10 +39,11 @@ def solve(
 def solve_plain(s: Any, question: str, settings: Settings = SETTINGS, branches: int = 8) -> Outcome:
     """Answers as early, but what the other samples generate then is generated in vain."""
     s += opening(question, settings.examples)
-    group = s.fork(branches)  # computes the prefix first
-    group += lambda i: settings.generate("answer", i)
+    states = fork(s, branches)
+    for i, state in enumerate(states):
+        state += settings.generate("answer", i)
     ballot, texts = Ballot(branches), {}
-    for branch, text in as_finished(group.states, "answer"):
+    for branch, text in as_finished(states, "answer"):
         texts[branch] = text
         ballot.cast(branch, settings.extract(text))
         if ballot.decided:

@@ -1,4 +1,4 @@
-"""Program states in plain SGLang: waiting for whichever is done, and verifying each."""
+"""Program states in plain SGLang: forked root first, waited for, verified."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from typing import Any
 import sglang as sgl
 
 from benchmarks.programs.prompts import ASK
+
+
+def fork(state: Any, branches: int) -> list[Any]:
+    """Branches of a state, whose prefix is computed first.
+
+    SGLang sees to that for text that is there; the state's own thread may not have written it yet.
+    """
+    state.sync()
+    return state.fork(branches).states
 
 
 def as_finished(states: Sequence[Any], name: str) -> Iterator[tuple[int, str]]:

@@ -11,7 +11,7 @@ import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import opening
 from benchmarks.programs.search import Node, grow, search
-from benchmarks.programs.states import judge
+from benchmarks.programs.states import fork, judge
 
 
 @sgl.function
@@ -24,11 +24,11 @@ def solve(
     breadth: int = 4,
     keep: int = 2,
 ) -> Outcome:
-    def fork(state: Any) -> rksc.BranchGroup:
+    def branch_out(state: Any) -> rksc.BranchGroup:
         return rksc.fork(state, breadth, share=mechanisms.share, confidence=False)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        thoughts = grow(nodes, fork, settings, is_last)
+        thoughts = grow(nodes, branch_out, settings, is_last)
         branches = [thought.branch for thought in thoughts]
         verdict = rksc.verify(branches, "line", share=mechanisms.share, exit=mechanisms.exit)
         return [thought.scored(score or 0.0) for thought, score in zip(thoughts, verdict.scores)]
@@ -46,11 +46,8 @@ def solve_plain(
     breadth: int = 4,
     keep: int = 2,
 ) -> Outcome:
-    def fork(state: Any) -> list[Any]:
-        return state.fork(breadth).states  # computes the prefix first
-
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        thoughts = grow(nodes, fork, settings, is_last)
+        thoughts = grow(nodes, lambda state: fork(state, breadth), settings, is_last)
         scores = judge([thought.branch for thought in thoughts])
         return [thought.scored(score) for thought, score in zip(thoughts, scores)]
 

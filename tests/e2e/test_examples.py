@@ -9,6 +9,7 @@ import requests
 import sglang as sgl
 
 from benchmarks.programs import PROGRAMS, Mechanisms, Settings, paper_setting, self_consistency
+from benchmarks.programs.states import fork
 
 TOY = Settings(max_tokens=6, examples=(("1 + 1?", "1 + 1 = 2\nAnswer: 2"),))
 QUESTION = "Facts: Ada lives in Oslo. Ben keeps a cat.\nWhere does Ada live?"
@@ -67,6 +68,19 @@ def test_generations_have_the_lengths_that_were_given(stock_tiny):
         return [branch.get_meta_info("x")["completion_tokens"] for branch in branches.states]
 
     assert program.run(backend=backend_at(stock_tiny)).ret_value == [3, 40, 17] * 4
+
+
+def test_plain_branches_find_their_prefix_computed(stock_tiny):
+    @sgl.function
+    def program(s):
+        s += sgl.user("A prompt that no other test has: seven geese, twelve swans and a heron.")
+        branches = fork(s, 4)
+        for branch in branches:
+            branch += sgl.assistant(sgl.gen("x", max_tokens=2))
+        return [branch.get_meta_info("x") for branch in branches]
+
+    for meta in program.run(backend=backend_at(stock_tiny)).ret_value:
+        assert meta["cached_tokens"] >= meta["prompt_tokens"] - 5  # the assistant's opening
 
 
 def test_samples_that_cannot_matter_are_stopped_and_the_others_are_not(rksc_tiny):
