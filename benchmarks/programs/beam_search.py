@@ -1,0 +1,66 @@
+"""Beam search over steps: a beam's score is the chance that all of its steps are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sglang as sgl
+
+import rksc_sglang as rksc
+from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
+from benchmarks.programs.prompts import ask_step, opening
+from benchmarks.programs.search import Node, grow, search
+from benchmarks.programs.states import fork, judge
+
+
+@sgl.function
+def solve(
+    s: Any,
+    question: str,
+    settings: Settings = SETTINGS,
+    mechanisms: Mechanisms = ALL,
+    depth: int = 4,
+    expansions: int = 3,
+    width: int = 2,
+) -> Outcome:
+    def branch_out(state: Any) -> rksc.BranchGroup:
+        return rksc.fork(state, expansions, share=mechanisms.share, confidence=False)
+
+    def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
+        steps = grow(nodes, branch_out, settings, is_last)
+        for step in steps:
+            branch = step.branch
+            branch += rksc.gen_verdict(
+                "right", ask_step(step.line), share=mechanisms.share, exit=mechanisms.exit
+            )
+        return [step.scored(step.node.score * _probability(step.branch, "right")) for step in steps]
+
+    s += opening(question, settings.examples)
+    return search(s, settings, depth, width, expand)
+
+
+def _probability(branch: Any, verdict: str) -> float:
+    """Of the first label, YES."""
+    return branch.get_meta_info(verdict)["probabilities"][0]
+
+
+@sgl.function
+def solve_plain(
+    s: Any,
+    question: str,
+    settings: Settings = SETTINGS,
+    depth: int = 4,
+    expansions: int = 3,
+    width: int = 2,
+) -> Outcome:
+    def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
+        steps = grow(nodes, lambda state: fork(state, expansions), settings, is_last)
+        scores = judge([step.branch for step in steps], lambda branch: ask_step(branch["line"]))
+        return [step.scored(step.node.score * score) for step, score in zip(steps, scores)]
+
+    s += opening(question, settings.examples)
+    return search(s, settings, depth, width, expand)
+
+
+PROGRAM = Program("beam_search", solve, solve_plain)

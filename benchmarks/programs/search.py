@@ -1,0 +1,77 @@
+"""Search over partial solutions: grow the best ones by a line, score each, keep the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.programs.interface import Outcome, Settings
+
+
+class Node(NamedTuple):
+    """A partial solution.
+
+    Attributes:
+        state: whose assistant's turn is open, at the end of ``text``.
+    """
+
+    state: Any
+    text: str
+    score: float
+
+
+class Grown(NamedTuple):
+    """A branch of a node's state that has been asked for one line more."""
+
+    node: Node
+    branch: Any
+
+    @property
+    def line(self) -> str:
+        return self.branch["line"]
+
+    def scored(self, score: float) -> Node:
+        separator = "\n" if self.node.text else ""
+        return Node(self.branch, f"{self.node.text}{separator}{self.line}", score)
+
+
+def grow(
+    nodes: Sequence[Node],
+    fork: Callable[[Any], Iterable[Any]],
+    settings: Settings,
+    is_last: bool,
+) -> list[Grown]:
+    """Branches of all nodes, each generating its next line, or at last all that is left."""
+    grown: list[Grown] = []
+    for node in nodes:
+        for branch in fork(node.state):
+            if node.text:
+                branch += "\n"
+            branch += settings.generate("line", len(grown), None if is_last else "\n")
+            grown.append(Grown(node, branch))
+    return grown
+
+
+def search(
+    root: Any,
+    settings: Settings,
+    depth: int,
+    keep: int,
+    expand: Callable[[Sequence[Node], bool], Sequence[Node]],
+) -> Outcome:
+    """The best solution, after ``depth`` levels or when all that are kept have an answer.
+
+    Args:
+        root: the state behind the problem.
+        keep: how many partial solutions a level leaves.
+        expand: the scored children of nodes; told whether the level is the last.
+    """
+    kept = [Node(root, "", 1.0)]
+    for level in range(depth):
+        growing = [node for node in kept if not settings.is_finished(node.text)]
+        if not growing:
+            break
+        finished = [node for node in kept if settings.is_finished(node.text)]
+        candidates = [*finished, *expand(growing, level == depth - 1)]
+        kept = sorted(candidates, key=lambda node: -node.score)[:keep]
+    return Outcome.of(dict(enumerate(node.text for node in kept)), 0, settings)

@@ -1,0 +1,368 @@
+"""Whole reasoning programs under load: RKSC against SGLang at its best, and without prefix sharing.
+
+Conditions: no_kv (stock, radix cache off) and sglang (stock defaults) run each program as its
+user wrote it with the frontend language; sglang_best (stock, the cache-aware schedule) runs its
+best form in plain SGLang; rksc is mode balanced, and rksc_no_X the same without X. All use the same
+attention backend. In a round each condition solves the same problems, from an empty cache, in
+random order; a ratio is of problems a second in one round. Samples are independent: SGLang takes
+sampling seeds only with deterministic inference, which no CPU attention backend has.
+
+Parts, with the minutes that the full run is planned to take on 2 cores (3 GB of memory a server):
+speed (45), no_kv (45), ablations (45), open (40: problems arrive at 0.7 of what sglang_best can
+do), accuracy (SmolLM2 45; with --bare 1,008 problems, an hour at 2,000 tokens a second) and paper
+(45). In all but accuracy every generation has a given length, drawn once a problem, and only
+samples that can no longer change the outcome end earlier. Run the parts one by one, with the same
+--json file: it keeps what the others measured. --programs divides a part further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import harness
+from benchmarks.harness import BenchmarkError, Row
+from benchmarks.load import work
+from benchmarks.programs import PROGRAMS, Program, Settings, paper_setting
+from benchmarks.throughput_conditions import (
+    OURS,
+    PARTS,
+    SERVERS,
+    Condition,
+    Server,
+    conditions_of,
+)
+from benchmarks.throughput_summary import BEST, RKSC, SPEED_MODEL, print_bars
+from benchmarks.throughput_summary import summarise as summarise  # where benchmarks.summarise looks
+from benchmarks.throughput_tasks import (
+    Task,
+    in_the_papers_length,
+    solved_examples,
+    tasks_of,
+    with_lengths,
+)
+from rksc_sglang.demo.questions import QuestionsError
+from rksc_sglang.models.smollm2 import ensure_smollm2
+from rksc_sglang.server_process import ServerFailedError, ServerProcess
+
+#: Of what SGLang at its best can do in a closed loop, the rate at which problems arrive.
+OPEN_SHARE = 0.7
+#: A program has fewer generations at the same time.
+LENGTHS = 12
+SEARCHES = ("tree_of_thought", "beam_search")
+WARM_UP = Task("What is 3 + 4?", lambda answer: False, (4,))
+
+
+class Load(NamedTuple):
+    """Rounds of ``problems`` each, ``concurrency`` at a time."""
+
+    concurrency: int
+    problems: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        loads: of each part; of the part "open", how its rate is found and how much arrives.
+        answers, lines: least and most tokens of a whole answer, and of a line of a search.
+        examples: solved ones in front of a problem.
+        document: words of prose in front of a question about a text.
+        paper_tokens: new tokens of a branch in the paper's setting.
+    """
+
+    loads: Mapping[str, Sequence[Load]]
+    answers: tuple[int, int] = (16, 48)
+    lines: tuple[int, int] = (8, 16)
+    examples: int = 3
+    document: int = 350
+    paper_tokens: Sequence[int] = (8, 32)
+
+
+FULL = Sizes(
+    {
+        "speed": (Load(1, 1, 2), Load(4, 4, 3)),
+        "no_kv": (Load(1, 1, 2), Load(4, 4, 2)),
+        "ablations": (Load(4, 4, 2),),
+        "open": (Load(4, 8, 1),),
+        "accuracy": (Load(4, 8, 2),),
+        "paper": (Load(1, 1, 14),),
+    }
+)
+#: Parts that --quick runs by default, and how much of them.
+QUICK_PARTS = ("speed", "no_kv", "paper")
+QUICK = Sizes(
+    {
+        **dict.fromkeys(PARTS, (Load(2, 2, 1),)),
+        "no_kv": (Load(1, 1, 1),),
+        "paper": (Load(1, 1, 1),),
+    },
+    answers=(8, 16),
+    lines=(4, 8),
+    examples=1,
+    document=100,
+    paper_tokens=(8,),
+)
+BARE_ACCURACY = {False: Load(16, 48, 21), True: Load(16, 48, 1)}  # by --quick
+
+
+class Part:
+    """Measures one part; its servers are up."""
+
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        sizes: Sizes,
+        model: Path,
+        servers: Mapping[str, Server],
+    ) -> None:
+        self.name = name
+        self.args = args
+        self.sizes = sizes
+        self.servers = servers
+        self.model_path = model
+        self.model = Path(args.model_path).name if args.model_path else SPEED_MODEL
+        self.conditions = conditions_of(name, servers[RKSC].mechanisms())
+        examples = 0 if name == "paper" else sizes.examples
+        self.settings = Settings(examples=solved_examples(examples))
+
+    @property
+    def runs(self) -> int:
+        """How many rows there will be."""
+        programs = self.sizes.paper_tokens if self.name == "paper" else self.args.programs
+        rounds = sum(load.rounds for load in self.sizes.loads[self.name])
+        return len(programs) * len(self.conditions) * rounds
+
+    def _workloads(self) -> Iterator[tuple[str, Program, Iterator[Task]]]:
+        seed, questions = self.args.seed, self.args.questions
+        if self.name == "paper":
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+            for count in self.sizes.paper_tokens:
+                program = paper_setting.PROGRAM
+                tasks = tasks_of(program.name, seed + count, questions, 0)
+                tasks = in_the_papers_length(tasks, seed + count, tokenizer, count)
+                yield f"{program.name}_{count}", program, tasks
+            return
+        for name in self.args.programs:
+            tasks = tasks_of(name, seed, questions, self.sizes.document)
+            if self.name != "accuracy":
+                span = self.sizes.lines if name in SEARCHES else self.sizes.answers
+                tasks = with_lengths(tasks, span, LENGTHS, seed)
+            yield name, PROGRAMS[name], tasks
+
+    def measure(self) -> Iterator[Row]:
+        rng = random.Random(f"{self.args.seed}/{self.name}")
+        for number, (name, program, tasks) in enumerate(self._workloads()):
+            if number == 0:  # first calls allocate and compile
+                for condition in self.conditions:
+                    self._run(condition, program, [WARM_UP], 1)
+            for load in self.sizes.loads[self.name]:
+                for round_ in range(load.rounds):
+                    drawn = [next(tasks) for _ in range(load.problems)]
+                    arrivals = self._arrivals(program, tasks, load, rng)
+                    place = "open" if arrivals else str(load.concurrency)
+                    at_once = load.problems if arrivals else load.concurrency
+                    for condition in rng.sample(self.conditions, len(self.conditions)):
+                        yield {
+                            "workload": f"{self.model}/{self.name}/{name}/{place}",
+                            "condition": condition.name,
+                            "repeat": f"{self.args.seed}/{round_}",
+                            "position": 0,
+                            "model": self.model,
+                            "part": self.name,
+                            "program": name,
+                            "load": place,
+                            "seed": self.args.seed,
+                            **self._run(condition, program, drawn, at_once, arrivals),
+                        }
+
+    def _arrivals(
+        self, program: Program, tasks: Iterator[Task], load: Load, rng: random.Random
+    ) -> list[float] | None:
+        """Of an open loop: a Poisson process, the same for each condition."""
+        if self.name != "open":
+            return None
+        best = next(condition for condition in self.conditions if condition.name == BEST)
+        drawn = [next(tasks) for _ in range(load.concurrency)]
+        closed = self._run(best, program, drawn, load.concurrency)
+        arrivals = [0.0]
+        while len(arrivals) < load.problems:
+            arrivals.append(arrivals[-1] + rng.expovariate(OPEN_SHARE * closed["throughput"]))
+        return arrivals
+
+    def _run(
+        self,
+        condition: Condition,
+        program: Program,
+        tasks: Sequence[Task],
+        concurrency: int,
+        arrivals: Sequence[float] | None = None,
+    ) -> Row:
+        """The measurements of a row; counts are means over the problems."""
+        server = self.servers[condition.server]
+        server.process.check()
+        server.meter.empty()
+        before = server.meter.tokens()
+        try:
+            with server.meter.peak() as peak:
+                worked = work(
+                    tasks,
+                    lambda task: condition.solve(program, self.settings, task, server.endpoint),
+                    concurrency,
+                    arrivals,
+                )
+        except Exception as error:
+            server.process.check()
+            raise BenchmarkError(f"{condition.name}: {program.name}: {error!r}") from error
+        server.meter.empty()  # what still runs belongs to this row
+        after = server.meter.tokens()
+        right = [task.is_right(outcome.answer) for task, outcome in zip(tasks, worked.results)]
+        return {
+            "throughput": len(tasks) / worked.wall,
+            "seconds": [round(seconds, 4) for seconds in worked.seconds],
+            "arrivals": arrivals,
+            "problems": [zlib.crc32(task.text.encode()) for task in tasks],
+            "right": [] if self.name == "paper" else right,  # its answers are cut off
+            "computed_tokens": (after.computed - before.computed) / len(tasks),
+            "generated_tokens": (after.generated - before.generated) / len(tasks),
+            "peak_kv_tokens": float(peak()),
+        }
+
+
+def measure(
+    args: argparse.Namespace, sizes: Sizes, on_part: Callable[[list[Row], Row], None]
+) -> None:
+    """Measure the chosen parts, on servers that are up at the same time.
+
+    Args:
+        on_part: called after each part with its rows, and with what they were taken with.
+    """
+    model = Path(args.model_path) if args.model_path else ensure_smollm2()
+    common = ["--model-path", str(model), "--max-total-tokens", "24576", "--dtype", "float32"]
+    common.append("--enable-metrics")
+    profile = ["--rksc-profile", args.profile] if args.profile else []
+    flags = {
+        name: [*common, *SERVERS[name], *(profile if name in OURS else [])]
+        for name in dict.fromkeys(name for part in args.part for name in PARTS[part])
+    }
+    with (
+        Progress(
+            *Progress.get_default_columns()[:3],
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as progress,
+        ExitStack() as stack,
+    ):
+        bar = progress.add_task("starting servers", total=None)
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        processes = {
+            name: stack.enter_context(ServerProcess(flags[name], log=logs / f"{name}.log"))
+            for name in flags
+        }
+        for process in processes.values():
+            process.wait_ready()
+        servers = {name: Server(name, process) for name, process in processes.items()}
+        progress.remove_task(bar)
+        for name in args.part:
+            part = Part(name, args, sizes, model, servers)
+            rows = list(progress.track(part.measure(), part.runs, description=name))
+            run = {
+                "part": name,
+                "model": part.model,
+                "argv": sys.argv[1:],
+                "flags": {server: flags[server] for server in PARTS[name]},
+                "mechanisms": {c.name: asdict(c.mechanisms) for c in part.conditions},
+                "rksc": servers[RKSC].status(),
+            }
+            on_part(rows, run)
+
+
+def stored(path: Path | None) -> tuple[list[Row], list[Row]]:
+    """Rows and runs of a file that earlier parts were written to."""
+    if path is None or not path.exists():
+        return [], []
+    result = json.loads(path.read_text())
+    return result["rows"], result["config"]["runs"]
+
+
+def merged(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The rows together; of work that was done again, the new ones."""
+
+    def work_of(row: Row) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("model", "part", "program", "seed"))
+
+    again = {work_of(row) for row in new}
+    return [*(row for row in earlier if work_of(row) not in again), *new]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = harness.parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--part", nargs="+", choices=PARTS, help="default: all of them")
+    parser.add_argument(
+        "--paper", dest="part", action="store_const", const=["paper"], help="--part paper"
+    )
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded SmolLM2")
+    parser.add_argument(
+        "--profile", metavar="FILE", help="calibrated profile of the model, for rksc"
+    )
+    parser.add_argument(
+        "--bare",
+        action="store_true",
+        help="no examples before the problems and no prose in documents: for a model that was "
+        "trained on the problems alone (scripts/train_reasoner.py)",
+    )
+    args = parser.parse_args(argv)
+    args.part = args.part or list(QUICK_PARTS if args.quick else PARTS)
+    return args
+
+
+def sizes_of(args: argparse.Namespace) -> Sizes:
+    sizes = QUICK if args.quick else FULL
+    if not args.bare:
+        return sizes
+    loads = {**sizes.loads, "accuracy": (BARE_ACCURACY[args.quick],)}
+    return replace(sizes, loads=loads, examples=0, document=0)
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings("ignore", message=".*runs SGLang without RKSC.*")
+    rows, runs = stored(args.json)
+
+    def on_part(new: list[Row], run: Row) -> None:
+        rows[:] = merged(rows, new)
+        runs.append(run)
+        result = harness.make_result(
+            "benchmarks.throughput", args, rows, ["reasoning-gym"], runs=runs
+        )
+        print_bars(harness.report(result, args.json)["summary"])
+
+    try:
+        measure(args, sizes_of(args), on_part)
+    except (ServerFailedError, QuestionsError) as error:
+        raise BenchmarkError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

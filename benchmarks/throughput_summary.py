@@ -1,0 +1,178 @@
+"""What the rows of ``benchmarks.throughput`` say: speedups, accuracy, and the bars over both."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import harness
+from benchmarks.harness import Row
+from benchmarks.statistics import geometric_mean_ratio, mean_interval
+
+#: Where a token costs what it costs: speed is judged on it wherever it was measured.
+SPEED_MODEL = "smollm2"
+NO_KV, SGLANG, BEST, RKSC = "no_kv", "sglang", "sglang_best", "rksc"
+BASELINES = (NO_KV, SGLANG, BEST)
+#: Parts whose output lengths are given, the same in all conditions.
+CLOSED_LOOP = ("speed", "no_kv")
+#: Of the paper (one A100, models of 7 to 10 B, mean of 20 cells), by what is compared.
+PAPER_ROW = {(RKSC, NO_KV): 3.008, (BEST, NO_KV): 1.808, (RKSC, BEST): 1.66}
+
+Groups = dict[str, list[float]]
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """The bars, and everything by model. A bar whose part was not run is None.
+
+    Speed is judged on SmolLM2, accuracy on the other model; with one model, both on that.
+    """
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    models = {name: _model([row for row in rows if row["model"] == name]) for name in names}
+    fast = models[SPEED_MODEL if SPEED_MODEL in models else names[0]]
+    judged = models[next((name for name in names if name != SPEED_MODEL), names[0])]
+    return {
+        **{f"speedup_vs_{baseline}": fast["speedups"][baseline] for baseline in BASELINES},
+        "worst_program_ratio": min(fast["programs"].values(), default=None),
+        "paper_setting_vs_no_kv": fast["paper"] and fast["paper"][f"{RKSC}/{NO_KV}"],
+        "accuracy_delta": judged["accuracy_delta"],
+        "models": models,
+    }
+
+
+def _model(rows: Sequence[Row]) -> dict[str, Any]:
+    def part(*names: str) -> list[Row]:
+        return [row for row in rows if row["part"] in names]
+
+    # A model on which only accuracy was measured: with the lengths that it gave its answers.
+    closed = part(*CLOSED_LOOP) or part("accuracy")
+    against_best = ratios(closed, RKSC, BEST)
+    answered = part("accuracy") or part(*CLOSED_LOOP)
+    return {
+        "speedups": {
+            baseline: _geometric_mean(ratios(closed, RKSC, baseline)) for baseline in BASELINES
+        },
+        "programs": _by_program(closed, against_best),
+        "accuracy": {
+            condition: accuracy(answered, condition) for condition in _conditions(answered)
+        },
+        "accuracy_delta": accuracy_delta(answered, RKSC, BEST),
+        "without": {
+            condition: _geometric_mean(ratios(part("ablations"), RKSC, condition))
+            for condition in _conditions(part("ablations"))
+            if condition != RKSC
+        },
+        "open_loop": {
+            condition: _percentiles(row for row in part("open") if row["condition"] == condition)
+            for condition in _conditions(part("open"))
+        },
+        "paper": _paper(part("paper")),
+        "workloads": _workloads(rows),
+    }
+
+
+def _conditions(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row["condition"] for row in rows))
+
+
+def ratios(rows: Sequence[Row], a: str, b: str) -> Groups:
+    """Problems a second under ``a`` / under ``b``, of each round, by workload that has both."""
+    found: Groups = {}
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        ours, theirs = harness.pairs(rows, workload, "throughput", a, b)
+        if ours:
+            found[workload] = [x / y for x, y in zip(ours, theirs)]
+    return found
+
+
+def _geometric_mean(groups: Groups) -> dict[str, float] | None:
+    return geometric_mean_ratio(list(groups.values())) if groups else None
+
+
+def _by_program(rows: Sequence[Row], groups: Groups) -> dict[str, float]:
+    """Geometric mean over each program's workloads of the median ratio."""
+    programs = {row["workload"]: row["program"] for row in rows}
+    logs = defaultdict(list)
+    for workload, group in groups.items():
+        logs[programs[workload]].append(np.log(np.median(group)))
+    return {program: float(np.exp(np.mean(values))) for program, values in logs.items()}
+
+
+def accuracy(rows: Sequence[Row], condition: str) -> dict[str, float]:
+    """Share of right answers, its interval, and of how many."""
+    right = [float(r) for row in rows if row["condition"] == condition for r in row["right"]]
+    return {**mean_interval(right), "answers": len(right)}
+
+
+def accuracy_delta(rows: Sequence[Row], a: str, b: str) -> dict[str, float] | None:
+    """Points of accuracy of ``a`` over ``b``; the programs' answers to one problem count as one."""
+    right: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        for problem, is_right in zip(row["problems"], row["right"]):
+            run = (problem, row["workload"], row["repeat"])
+            right[run][row["condition"]] = float(is_right)
+    deltas = defaultdict(list)
+    for (problem, *_), found in right.items():
+        if a in found and b in found:
+            deltas[problem].append(100 * (found[a] - found[b]))
+    if not deltas:
+        return None
+    delta = mean_interval([float(np.mean(values)) for values in deltas.values()])
+    return {"value": delta.pop("mean"), **delta, "problems": len(deltas)}
+
+
+def _percentiles(rows: Iterable[Row]) -> dict[str, float]:
+    seconds = [s for row in rows for s in row["seconds"]]
+    return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95)}
+
+
+def _workloads(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Medians over rounds, and percentiles of the seconds a problem took."""
+    names = ("throughput", "computed_tokens", "generated_tokens", "peak_kv_tokens")
+    table: dict[str, dict[str, Any]] = defaultdict(dict)
+    for workload, condition in dict.fromkeys((row["workload"], row["condition"]) for row in rows):
+        some = [r for r in rows if (r["workload"], r["condition"]) == (workload, condition)]
+        table[workload][condition] = {
+            **{name: float(np.median([row[name] for row in some])) for name in names},
+            **_percentiles(some),
+            "accuracy": accuracy(some, condition) if some[0]["right"] else None,
+        }
+    return dict(table)
+
+
+def _paper(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The paper's comparisons, over all numbers of new tokens and by each."""
+    if not rows:
+        return None
+    result: dict[str, Any] = {}
+    for a, b in PAPER_ROW:
+        groups = ratios(rows, a, b)
+        result[f"{a}/{b}"] = _geometric_mean(groups)
+        for workload, group in groups.items():
+            program = next(row["program"] for row in rows if row["workload"] == workload)
+            result[f"{a}/{b} {program}"] = geometric_mean_ratio([group])
+    return result
+
+
+def print_bars(summary: Mapping[str, Any]) -> None:
+    """Speedups by program, and the paper's row beside ours."""
+    console = Console()
+    for name, model in summary["models"].items():
+        if model["programs"]:
+            table = Table("problems a second", "rksc / sglang_best", title=name)
+            for program, ratio in model["programs"].items():
+                table.add_row(program, f"{ratio:.3f}")
+            console.print(table)
+        if model["paper"]:
+            table = Table("problems a second", "paper", name, title="the paper's setting")
+            for (a, b), value in PAPER_ROW.items():
+                table.add_row(f"{a} / {b}", f"{value}", _cell(model["paper"][f"{a}/{b}"]))
+            console.print(table)
+
+
+def _cell(value: Mapping[str, float] | None) -> str:
+    return f"{value['ratio']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value else ""
