@@ -171,7 +171,8 @@ class _Replay:
         lock = cache.lock(result.last_device_node)
         if cache.life_cycle is not None and start.group is not None:
             node = cache.tree_core.node_by_id(result.last_device_node)
-            cache.life_cycle.claim(self._branch(start), *split_path(node, len(key), known))
+            path = split_path(node, len(key), known)
+            cache.life_cycle.claim(self._branch(start), *path, start.verifies)
         return _Running(key, cache.path_device_indices(result.last_device_node), lock, start)
 
     def _pruned(self, start: Start) -> bool:

@@ -138,7 +138,9 @@ def batch_of(
 def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of the next tokens, by weight; and that of what the assistant ought to say."""
     logits = model(input_ids=ids[:, :-1]).logits
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     shares = weights[:, 1:].flatten()
     said = (shares == 1.0).float()
     spoken = (losses.detach() * said).sum() / said.sum().clamp(min=1.0)

@@ -10,7 +10,7 @@ import sglang as sgl
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import ask_step, opening
-from benchmarks.programs.search import Node, grow, search
+from benchmarks.programs.search import Groups, Node, grow, search
 from benchmarks.programs.states import fork, judge
 
 
@@ -24,11 +24,10 @@ def solve(
     expansions: int = 3,
     width: int = 2,
 ) -> Outcome:
-    def branch_out(state: Any) -> rksc.BranchGroup:
-        return rksc.fork(state, expansions, share=mechanisms.share, confidence=False)
+    groups = Groups(expansions, mechanisms)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        steps = grow(nodes, branch_out, settings, is_last)
+        steps = grow(nodes, groups.fork, settings, is_last)
         for step in steps:
             branch = step.branch
             branch += rksc.gen_verdict(
@@ -37,7 +36,7 @@ def solve(
         return [step.scored(step.node.score * _probability(step.branch, "right")) for step in steps]
 
     s += opening(question, settings.examples)
-    return search(s, settings, depth, width, expand)
+    return search(s, settings, depth, width, expand, groups.stop)
 
 
 def _probability(branch: Any, verdict: str) -> float:

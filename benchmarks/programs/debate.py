@@ -41,6 +41,7 @@ def solve(
         for agent, state in enumerate(agents):
             state += _turn(settings, agent, message, round_)
         said = [state["said"] for state in agents]
+        agents.join()
     return _vote(said, settings)
 
 

@@ -52,6 +52,7 @@ def solve(
     texts = {reader: state["answer"] for reader, state in enumerate(readers)}
     answers = [settings.extract(text) for text in texts.values()]
     accepted = Ballot(len(texts))
+    readers.join()
     if not settings.are_agreed(answers):
         checks = rksc.fork(s, len(texts), share=mechanisms.share, confidence=False)
         for reader, state in enumerate(checks):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.programs.interface import Outcome, Settings
+import rksc_sglang as rksc
+from benchmarks.programs.interface import Mechanisms, Outcome, Settings
 
 
 class Node(NamedTuple):
@@ -52,12 +53,34 @@ def grow(
     return grown
 
 
+class Groups:
+    """All groups that a search has forked."""
+
+    def __init__(self, breadth: int, mechanisms: Mechanisms) -> None:
+        self.breadth, self.mechanisms = breadth, mechanisms
+        self.groups: list[rksc.BranchGroup] = []
+
+    def fork(self, state: Any) -> rksc.BranchGroup:
+        group = rksc.fork(state, self.breadth, share=self.mechanisms.share, confidence=False)
+        self.groups.append(group)
+        return group
+
+    def stop(self, nodes: Sequence[Node]) -> None:
+        """Their pages are free for others."""
+        states = {id(node.state) for node in nodes}
+        for group in self.groups if self.mechanisms.stop else ():
+            dropped = [i for i, branch in enumerate(group) if id(branch) in states]
+            if dropped:
+                group.stop(dropped)
+
+
 def search(
     root: Any,
     settings: Settings,
     depth: int,
     keep: int,
     expand: Callable[[Sequence[Node], bool], Sequence[Node]],
+    drop: Callable[[Sequence[Node]], None] = lambda nodes: None,
 ) -> Outcome:
     """The best solution, after ``depth`` levels or when all that are kept have an answer.
 
@@ -65,6 +88,7 @@ def search(
         root: the state behind the problem.
         keep: how many partial solutions a level leaves.
         expand: the scored children of nodes; told whether the level is the last.
+        drop: told which of them are not gone on from.
     """
     kept = [Node(root, "", 1.0)]
     for level in range(depth):
@@ -73,5 +97,7 @@ def search(
             break
         finished = [node for node in kept if settings.is_finished(node.text)]
         candidates = [*finished, *expand(growing, level == depth - 1)]
-        kept = sorted(candidates, key=lambda node: -node.score)[:keep]
+        ranked = sorted(candidates, key=lambda node: -node.score)
+        kept = ranked[:keep]
+        drop(ranked[keep:])
     return Outcome.of(dict(enumerate(node.text for node in kept)), 0, settings)

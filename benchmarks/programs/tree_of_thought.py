@@ -10,7 +10,7 @@ import sglang as sgl
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import opening
-from benchmarks.programs.search import Node, grow, search
+from benchmarks.programs.search import Groups, Node, grow, search
 from benchmarks.programs.states import fork, judge
 
 
@@ -24,17 +24,16 @@ def solve(
     breadth: int = 4,
     keep: int = 2,
 ) -> Outcome:
-    def branch_out(state: Any) -> rksc.BranchGroup:
-        return rksc.fork(state, breadth, share=mechanisms.share, confidence=False)
+    groups = Groups(breadth, mechanisms)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        thoughts = grow(nodes, branch_out, settings, is_last)
+        thoughts = grow(nodes, groups.fork, settings, is_last)
         branches = [thought.branch for thought in thoughts]
         verdict = rksc.verify(branches, "line", share=mechanisms.share, exit=mechanisms.exit)
         return [thought.scored(score or 0.0) for thought, score in zip(thoughts, verdict.scores)]
 
     s += opening(question, settings.examples)
-    return search(s, settings, depth, keep, expand)
+    return search(s, settings, depth, keep, expand, groups.stop)
 
 
 @sgl.function

@@ -4,7 +4,8 @@ A *program* is one run of a user's program: it forks groups of branches, and som
 again. A branch's nodes are those that its own requests computed; what its program alone reads
 beside them (the prefix before a fork) is the program's; what several programs read is nobody's.
 Nodes of pruned and joined branches, and of programs that have no branch any more, go before all
-others. Branches that are reported as the frontier, to be gone on from, are leased: their nodes
+others; so does what verifications computed, which nothing goes on from, until something else reads
+it. Branches that are reported as the frontier, to be gone on from, are leased: their nodes
 count as just used.
 
 A lease is a place in the order of eviction, not a lock: it ends by itself, no tenant's leases are
@@ -40,12 +41,17 @@ class Program:
         seen: when it was last heard of, in seconds.
         branches: by group and number.
         ended: it will read nothing any more.
+        scraps: owns what its verifications computed.
     """
 
     tenant: Hashable
     seen: float
     branches: dict[tuple[str, int], Branch] = field(default_factory=dict)
     ended: bool = False
+    scraps: Branch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scraps = Branch(self, "joined")
 
     @property
     def alive(self) -> bool:
@@ -119,16 +125,25 @@ class LifeCycle:
         branch: Branch,
         computed: Iterable[UnifiedTreeNode],
         read: Iterable[UnifiedTreeNode] = (),
+        verifies: bool = False,
     ) -> None:
-        """A branch's request left some nodes, and read others; who came first keeps them."""
+        """A branch's request left some nodes, and read others; who came first keeps them.
+
+        Args:
+            verifies: it was a verification.
+        """
         run = branch.program
+        if verifies:
+            branch = run.scraps
         for node in computed:
             if node not in self.owners:
                 self.owners[node] = branch
                 branch.tokens += len(node.key)
         for node in read:
-            if node in self.owners:
+            owner = self.owners.get(node)
+            if owner is not None and (verifies or owner is not owner.program.scraps):
                 continue
+            self.owners.pop(node, None)
             if node not in self.readers:
                 self.readers[node] = run
             elif self.readers[node] is not run:

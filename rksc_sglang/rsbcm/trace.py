@@ -28,6 +28,7 @@ class Start(NamedTuple):
     program: str | None = None
     group: str | None = None
     branch: int = 0
+    verifies: bool = False
 
 
 class Finish(NamedTuple):
@@ -71,21 +72,15 @@ class TraceWriter:
     def now(self) -> float:
         return round(time.monotonic() - self.began, 3)
 
-    def start(
-        self,
-        rid: str,
-        tokens: Sequence[int],
-        tenant: Tenant,
-        program: str | None,
-        group: str | None,
-        branch: int,
-    ) -> None:
-        """The first time that a request's whole prompt is in the tree; later calls do nothing."""
-        if rid in self.started:
-            return
-        self.started.add(rid)
-        names = {"program": program, "group": group, "branch": branch}
-        self._write(start=rid, tokens=list(tokens), tenant=tenant, **names)
+    def start(self, rid: str, tokens: Sequence[int], tenant: Tenant, **names: object) -> None:
+        """The first time that a request's whole prompt is in the tree; later calls do nothing.
+
+        Args:
+            names: what else :class:`Start` has.
+        """
+        if rid not in self.started:
+            self.started.add(rid)
+            self._write(start=rid, tokens=list(tokens), tenant=tenant, **names)
 
     def finish(self, rid: str, output: Sequence[int], mass: Sequence[float] | None) -> None:
         if rid in self.started:
@@ -118,6 +113,7 @@ def read_events(lines: Iterable[str]) -> Iterator[Event]:
                 raw["program"],
                 raw["group"],
                 raw["branch"],
+                raw["verifies"],
             )
         elif "finish" in raw:
             yield Finish(raw["time"], raw["finish"], array("q", raw["output"]), raw["mass"])

@@ -124,15 +124,25 @@ class RkscRadixCache(UnifiedRadixCache):
             self._safely(self._claim, req, known)
         if self.trace is not None and up_to >= len(req.origin_input_ids):
             contract = _contract_of(req) or RequestContract()
-            names = contract.program, contract.group, contract.branch or 0
-            self.trace.start(req.rid, req.origin_input_ids, namespace_of(req), *names)
+            self.trace.start(
+                req.rid,
+                req.origin_input_ids,
+                namespace_of(req),
+                program=contract.program,
+                group=contract.group,
+                branch=contract.branch or 0,
+                verifies=contract.verify is not None,
+            )
 
     def _claim(self, req: Req, known: int) -> None:
         branch = self._branch_of(req)
         if branch is not None:
             assert self.life_cycle is not None
             node = self.tree_core.node_by_id(req.last_node)
-            self.life_cycle.claim(branch, *split_path(node, req.kv.cache_protected_len, known))
+            computed, read = split_path(node, req.kv.cache_protected_len, known)
+            contract = _contract_of(req)
+            verifies = contract is not None and contract.verify is not None
+            self.life_cycle.claim(branch, computed, read, verifies)
 
     def _branch_of(self, req: Req) -> Branch | None:
         contract = _contract_of(req)

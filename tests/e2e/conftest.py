@@ -91,14 +91,14 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
 def tiny_servers(
     request: pytest.FixtureRequest, tiny_model: Path, logs: Path
 ) -> Iterator[dict[str, str]]:
-    # A pool that a dozen requests outgrow, so that they evict, wait and retract: and evict what
-    # RKSC's policy says, with all that it can weigh.
+    # A pool that a dozen requests outgrow, so that they evict, wait and retract.
     flags = ["--model-path", str(tiny_model), "--max-total-tokens", "1600"]
     flags += ["--chunked-prefill-size", "256", "--max-running-requests", "8"]
     flags += ["--page-size", str(request.param), "--dtype", "float32"]
     policy = ["--radix-eviction-policy", "rksc", "--rksc-trace", str(logs / "trace.jsonl")]
     policy += ["--radix-eviction-policy-config", '{"mass": 1, "depth": 1, "fan_out": 1}']
-    with serving(logs, rksc=[*flags, *policy], stock=["--rksc-mode", "off", *flags]) as urls:
+    stock = ["--rksc-mode", "off", *flags]
+    with serving(logs, rksc=flags, stock=stock, evicting=[*flags, *policy]) as urls:
         yield urls
 
 
@@ -106,6 +106,15 @@ def tiny_servers(
 def rksc_tiny(tiny_servers: dict[str, str]) -> str:
     """URL of an rksc server in mode exact that serves the tiny model from a small pool."""
     return tiny_servers["rksc"]
+
+
+@pytest.fixture(scope="session")
+def evicting_tiny(tiny_servers: dict[str, str]) -> str:
+    """URL of a server as ``rksc_tiny`` whose eviction policy is RKSC's, with all it can weigh.
+
+    Its trace is ``trace.jsonl`` in ``logs``.
+    """
+    return tiny_servers["evicting"]
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from rksc_sglang.rsbcm.trace import End, Finish, Report, Start, read_events
 
 
 @pytest.fixture
-def backend(rksc_tiny):
-    return sgl.RuntimeEndpoint(rksc_tiny, chat_template_name="chatml")
+def backend(evicting_tiny):
+    return sgl.RuntimeEndpoint(evicting_tiny, chat_template_name="chatml")
 
 
 def status(url):
@@ -37,18 +37,20 @@ def program(s):
     return texts
 
 
-def test_pages_of_pruned_branches_are_given_back_and_programs_end(rksc_tiny, backend):
-    before = status(rksc_tiny)["eviction"]
+def test_pages_of_pruned_branches_are_given_back_and_programs_end(evicting_tiny, backend):
+    before = status(evicting_tiny)["eviction"]
     texts = program.run(backend=backend).ret_value
     assert all(texts)
     # Each of the two has a hint and 16 tokens of its own, but for the last, whose KV nobody needs.
-    eventually(lambda: status(rksc_tiny)["eviction"]["freed_tokens"] >= before["freed_tokens"] + 30)
-    assert status(rksc_tiny)["features"]["eviction"]["on"]
-    assert status(rksc_tiny)["features"]["attention_mass"]["on"]
-    assert status(rksc_tiny)["counters"]["errors"] == 0
+    eventually(
+        lambda: status(evicting_tiny)["eviction"]["freed_tokens"] >= before["freed_tokens"] + 30
+    )
+    assert status(evicting_tiny)["features"]["eviction"]["on"]
+    assert status(evicting_tiny)["features"]["attention_mass"]["on"]
+    assert status(evicting_tiny)["counters"]["errors"] == 0
 
 
-def test_the_trace_has_requests_reports_and_ends_of_programs(rksc_tiny, backend, logs):
+def test_the_trace_has_requests_reports_and_ends_of_programs(evicting_tiny, backend, logs):
     program.run(backend=backend)
 
     def events():
@@ -80,7 +82,7 @@ def test_the_trace_has_requests_reports_and_ends_of_programs(rksc_tiny, backend,
         ({"program": ""}, "program"),
     ],
 )
-def test_a_malformed_report_is_refused_by_the_fields_name(rksc_tiny, body, named):
-    answer = requests.post(rksc_tiny + "/rksc/branches", json=body, timeout=60)
+def test_a_malformed_report_is_refused_by_the_fields_name(evicting_tiny, body, named):
+    answer = requests.post(evicting_tiny + "/rksc/branches", json=body, timeout=60)
     assert answer.status_code in (400, 422)
     assert named in answer.text

