@@ -41,13 +41,12 @@ FREEING = Policy("lru-freeing", "lru-freeing")
 VARIANTS = (
     FREEING,
     Policy("rksc-paper", "rksc-paper"),
-    Policy("without-life_cycle", "rksc", {"life_cycle": False, "lease": False}),
-    Policy("without-lease", "rksc", {"lease": False}),
-    Policy("without-reuse", "rksc", {"reuse": 0.0}),
+    Policy("without-life_cycle", "rksc", {"life_cycle": False}),
+    Policy("without-fan_out", "rksc", {"fan_out": 0.0}),
+    Policy("with-lease", "rksc", {"lease": True}),
     Policy("with-mass", "rksc", {"mass": 1.0}),
     Policy("with-depth", "rksc", {"depth": 1.0}),
     Policy("with-cost", "rksc", {"cost": 1.0}),
-    Policy("with-fan_out", "rksc", {"fan_out": 0.5}),
 )
 CLAIRVOYANT = "clairvoyant"
 RESAMPLES = 2000

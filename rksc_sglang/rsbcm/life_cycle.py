@@ -3,10 +3,10 @@
 A *program* is one run of a user's program: it forks groups of branches, and some branches fork
 again. A branch's nodes are those that its own requests computed; what its program alone reads
 beside them (the prefix before a fork) is the program's; what several programs read is nobody's.
-Nodes of pruned and joined branches, and of programs that have no branch any more, go before all
-others; so does what verifications computed, which nothing goes on from, until something else reads
-it. Branches that are reported as the frontier, to be gone on from, are leased: their nodes
-count as just used.
+Nodes of pruned branches, and of programs that are over, go before all others; so does what a
+verification computed behind a longer text, its question, until something else reads it. Branches
+that are reported as the frontier, to be gone on from, can be leased: their nodes count as just
+used.
 
 A lease is a place in the order of eviction, not a lock: it ends by itself, no tenant's leases are
 of more than a share of the pool, and a pool full of leases is evicted like any other. Where
@@ -16,7 +16,7 @@ branches want more than there is, those that were reported first keep theirs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 from weakref import WeakKeyDictionary
@@ -40,22 +40,20 @@ class Program:
         tenant: namespace of its requests.
         seen: when it was last heard of, in seconds.
         branches: by group and number.
+        named: by its requests; else it is one group, and over when all of its branches are.
         ended: it will read nothing any more.
         scraps: owns what its verifications computed.
     """
 
     tenant: Hashable
     seen: float
+    named: bool
     branches: dict[tuple[str, int], Branch] = field(default_factory=dict)
     ended: bool = False
     scraps: Branch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scraps = Branch(self, "joined")
-
-    @property
-    def alive(self) -> bool:
-        return not self.ended and any(branch.alive for branch in self.branches.values())
+        self.scraps = Branch(self)
 
 
 @dataclass(eq=False)
@@ -75,8 +73,8 @@ class Branch:
     leased: bool = False
 
     @property
-    def alive(self) -> bool:
-        return not self.program.ended and self.state not in ("joined", "pruned")
+    def over(self) -> bool:
+        return self.program.ended or self is self.program.scraps
 
 
 @dataclass
@@ -114,7 +112,7 @@ class LifeCycle:
         now = self.clock()
         run = self.groups.get((tenant, group))
         if run is None:
-            fresh = Program(tenant, now)
+            fresh = Program(tenant, now, named=program is not None)
             run = self.programs.setdefault((tenant, program or group), fresh)
             self.groups[tenant, group] = run
         run.seen = now
@@ -123,8 +121,8 @@ class LifeCycle:
     def claim(
         self,
         branch: Branch,
-        computed: Iterable[UnifiedTreeNode],
-        read: Iterable[UnifiedTreeNode] = (),
+        computed: Sequence[UnifiedTreeNode],
+        read: Sequence[UnifiedTreeNode] = (),
         verifies: bool = False,
     ) -> None:
         """A branch's request left some nodes, and read others; who came first keeps them.
@@ -133,7 +131,7 @@ class LifeCycle:
             verifies: it was a verification.
         """
         run = branch.program
-        if verifies:
+        if verifies and _tokens(computed) < _tokens(read):
             branch = run.scraps
         for node in computed:
             if node not in self.owners:
@@ -153,6 +151,9 @@ class LifeCycle:
         for number, state in states.items():
             branch = self.branch(tenant, group, number)
             branch.state, branch.reported = state, self.clock()
+            run = branch.program
+            if not run.named:
+                run.ended = all(b.state in ("joined", "pruned") for b in run.branches.values())
 
     def end(self, tenant: Hashable, program: str) -> None:
         """A program is over, and all of its branches."""
@@ -171,7 +172,7 @@ class LifeCycle:
                     self.groups.pop((run.tenant, group), None)
             for branch in run.branches.values():
                 branch.leased = False
-                if branch.alive and branch.state == "frontier":
+                if branch.state == "frontier" and not branch.over:
                     frontier.append(branch)
         left: dict[Hashable, float] = {}
         for branch in sorted(frontier, key=lambda branch: branch.reported):
@@ -183,15 +184,10 @@ class LifeCycle:
 
     def rank(self, node: UnifiedTreeNode) -> int:
         branch = self.owners.get(node)
-        if branch is not None and not branch.alive:
-            return PRUNED if branch.state == "pruned" else DONE
-        run = self.program_of(node)
-        return DONE if run is not None and not run.alive else ORDINARY
-
-    def program_of(self, node: UnifiedTreeNode) -> Program | None:
-        """Whose node it is, alone."""
-        branch = self.owners.get(node)
-        return branch.program if branch is not None else self.readers.get(node)
+        if branch is not None:
+            return PRUNED if branch.state == "pruned" else DONE if branch.over else ORDINARY
+        run = self.readers.get(node)
+        return DONE if run is not None and run.ended else ORDINARY
 
     def is_leased(self, node: UnifiedTreeNode) -> bool:
         branch = self.owners.get(node)
@@ -213,3 +209,7 @@ class LifeCycle:
             "branches": sum(len(run.branches) for run in runs),
             "leased": sum(b.leased for run in runs for b in run.branches.values()),
         }
+
+
+def _tokens(nodes: Sequence[UnifiedTreeNode]) -> int:
+    return sum(len(node.key) for node in nodes)

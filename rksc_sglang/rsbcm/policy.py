@@ -21,18 +21,13 @@ if TYPE_CHECKING:
 class RkscStrategy(EvictionStrategy):
     """Life cycle first, then how long ago a node was of use, in relation to what it is worth.
 
-    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Within a rank, what was of
-    use the longest ago goes first, where
-
-    - a leased branch's nodes are of use now;
-    - a node of no program that was used again is given ``reuse`` times the age at which nodes are
-      evicted at present, so that what is read once does not push it out;
-    - ages are divided by a node's worth: one plus the weighted ingredients below.
+    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Within a rank, what was
+    used the longest ago goes first, its age divided by what it is worth: one plus the weighted
+    ingredients below.
 
     Args:
         life_cycle: whether branches' fates count.
-        lease: whether branches' leases count.
-        reuse: see above.
+        lease: whether leases count: a leased branch's nodes are used now.
         mass: weight of the attention that the node's tokens get, relative to the tree's mean.
         depth: weight of the node's nearness to the root, in nodes.
         cost: weight of the share of its recomputation that attention to its prefix is.
@@ -42,20 +37,17 @@ class RkscStrategy(EvictionStrategy):
     def __init__(
         self,
         life_cycle: bool = True,
-        lease: bool = True,
-        reuse: float = 2.0,
+        lease: bool = False,
         mass: float = 0.0,
         depth: float = 0.0,
         cost: float = 0.0,
-        fan_out: float = 0.0,
+        fan_out: float = 2.0,
     ) -> None:
         self.uses_life_cycle, self.uses_leases = life_cycle, lease
-        self.reuse = reuse
         self.weights = {"mass": mass, "depth": depth, "cost": cost, "fan_out": fan_out}
         self.life_cycle: LifeCycle | None = None
         self.slot_mass: SlotMass | None = None
         self.now = 0.0
-        self.evicted_age = 0.0  # of nodes without any advantage; a moving average
         self._importance: Mapping[UnifiedTreeNode, float] = {}
 
     @property
@@ -70,9 +62,6 @@ class RkscStrategy(EvictionStrategy):
         if self.uses_mass and self.slot_mass is not None:
             self._importance = self.slot_mass.of_nodes(leaves)
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
-        plain = [leaf.last_access_time for leaf in leaves if leaf.hit_count < 2]
-        if plain:
-            self.evicted_age += 0.1 * (self.now - min(plain) - self.evicted_age)
 
     def importance(self, node: UnifiedTreeNode) -> float:
         """Attention mass per token, relative to the mean over all slots that have any."""
@@ -83,14 +72,11 @@ class RkscStrategy(EvictionStrategy):
         return self._importance[node]
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
-        cycle, last = self.life_cycle, node.last_access_time
+        cycle, age = self.life_cycle, self.now - node.last_access_time
         if self.uses_leases and cycle is not None and cycle.is_leased(node):
-            last = self.now
-        elif node.hit_count > 1 and (cycle is None or cycle.program_of(node) is None):
-            last += self.reuse * self.evicted_age
+            age = 0.0
         rank = cycle.rank(node) if cycle is not None and self.uses_life_cycle else ORDINARY
-        age = self.now - last
-        return rank, -age / self._worth(node) if age > 0 else -age
+        return rank, -age / self._worth(node)
 
     def _worth(self, node: UnifiedTreeNode) -> float:
         weights, worth = self.weights, 1.0
@@ -113,7 +99,7 @@ class PaperStrategy(RkscStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(mass=1.0, life_cycle=False)
+        super().__init__(mass=1.0)
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
         return (self.importance(node) / (depth_of(node) + 1),)
