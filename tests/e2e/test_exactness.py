@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-PROMPTS = 100
+PROMPTS = 60
 CLOSE = 1e-4
 WORDS = "sum of the red and blue numbers before noon is seven or eight if rain stops".split()
 

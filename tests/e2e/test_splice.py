@@ -308,22 +308,22 @@ def test_near_ties_are_computed_again_exactly(smollm2, logs):
     with ServerProcess(flags, log=logs / "doubt.log") as server:
         server.wait_ready()
         text = " ".join([DOCUMENT] * 3)
-        prompts = [chat(SYSTEMS[0], f"This is copy {number}. {text}") for number in range(5)]
+        prompts = [chat(SYSTEMS[0], f"This is copy {number}. {text}") for number in range(4)]
         ask(server.url, prompts[0], "similar", "a")
-        with ThreadPoolExecutor(3) as pool:
+        with ThreadPoolExecutor(2) as pool:
             send = partial(ask, server.url, share="similar", salt="a")
-            answers = list(pool.map(send, prompts[1:4]))
-        for text, answer in zip(prompts[1:4], answers):
+            answers = list(pool.map(send, prompts[1:3]))
+        for text, answer in zip(prompts[1:3], answers):
             assert info(answer)["share"] == "exact"
             assert info(answer)["spliced_tokens"] == 0
             assert "nearly tied" in info(answer)["fallback"]
             exact = ask(server.url, text, "exact", text)
             assert answer["output_ids"] == exact["output_ids"]
         state = rank(server.url)
-        assert state["counters"]["doubts"] == 3
-        assert state["counters"]["spliced_requests"] == 3
+        assert state["counters"]["doubts"] == 2
+        assert state["counters"]["spliced_requests"] == 2
         assert state["splice"]["margin"] == 50
 
-        answer = ask(server.url, prompts[4], "similar", "a", temperature=1)
+        answer = ask(server.url, prompts[3], "similar", "a", temperature=1)
         assert info(answer)["share"] == "similar"
         server.check()

@@ -4,8 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-
-import pytest
+from concurrent.futures import ThreadPoolExecutor
 
 from rksc_sglang.config import ENV_VAR, RkscConfig
 
@@ -42,22 +41,33 @@ def test_without_a_configuration_the_plugin_leaves_sglang_alone():
     assert run(code).endswith("sglang.srt.managers.scheduler False\n")
 
 
-@pytest.mark.parametrize(
-    ("flags", "env", "named"),
-    [
-        (["--enable-lmcache"], {}, "--enable-lmcache does not work with RKSC"),
-        (["--rksc-mode", "off"], {}, "is in use: choose another with --port"),
-        ([], {"SGLANG_PLUGINS": "rksc_cpu"}, "SGLang's scheduler was not replaced"),
-    ],
-)
-def test_what_cannot_be_served_is_refused(tiny_model, flags, env, named):
+REFUSED = [
+    (["--enable-lmcache"], {}, "--enable-lmcache does not work with RKSC"),
+    (
+        ["--radix-eviction-policy", "rksc", "--radix-eviction-policy-config", '{"weight": 1}'],
+        {},
+        "--radix-eviction-policy-config for rksc",
+    ),
+    (["--rksc-mode", "off"], {}, "is in use: choose another with --port"),
+    ([], {"SGLANG_PLUGINS": "rksc_cpu"}, "SGLang's scheduler was not replaced"),
+]
+
+
+def test_what_cannot_be_served_is_refused(tiny_model):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        command = [sys.executable, "-m", "rksc_sglang.launch_server", *flags]
-        command += ["--model-path", str(tiny_model), "--port", str(busy.getsockname()[1])]
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}
-        )
-    assert result.returncode == 2
-    assert named in result.stderr.splitlines()[-1]
+        port = str(busy.getsockname()[1])
+
+        def launch(flags, env):
+            command = [sys.executable, "-m", "rksc_sglang.launch_server", *flags]
+            command += ["--model-path", str(tiny_model), "--port", port]
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=200, env={**os.environ, **env}
+            )
+
+        with ThreadPoolExecutor() as pool:  # most of it is imports
+            results = list(pool.map(lambda case: launch(*case[:2]), REFUSED))
+    for result, (_, _, named) in zip(results, REFUSED):
+        assert result.returncode == 2
+        assert named in result.stderr.splitlines()[-1]

@@ -23,7 +23,7 @@ def train(folder, *flags):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reasoner")
-    train(folder, "--tokens", "60000", "--attempts-every", "30000", "--attempts", "4")
+    train(folder, "--tokens", "44000", "--attempts-every", "22000", "--attempts", "4")
     return folder
 
 
@@ -55,15 +55,15 @@ def test_the_model_is_one_for_transformers(trained):
     assert prompt.endswith("<|im_start|>assistant\n")
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     assert tokenizer.decode(ids) == prompt
-    digits = tokenizer.tokenize("12 + 345")
+    digits = [token.removeprefix("\u0120") for token in tokenizer.tokenize("12 + 345")]
     assert [token for token in digits if token.isdigit()] == list("12345")
     for label in ("YES", "NO"):
         assert len(tokenizer.encode(label, add_special_tokens=False)) == 1
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
-    train(tmp_path, "--tokens", "40000", "--minutes", "0.0001")
+    train(tmp_path, "--tokens", "8192", "--minutes", "0.0001")
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     assert first["step"] == 1
-    train(tmp_path, "--tokens", "40000")
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"] == 39
+    train(tmp_path, "--tokens", "8192")
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=False)["step"] == 8
