@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-PROMPTS = 60
+PROMPTS = 100
 CLOSE = 1e-4
 WORDS = "sum of the red and blue numbers before noon is seven or eight if rain stops".split()
 
@@ -67,7 +67,7 @@ LOGPROBS = [
 ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_one_at_a_time_it_is_bit_equal(rksc_tiny, stock_tiny, seed, pytestconfig, report):
     """Prompts, forks, their next turns, and requests for log-probabilities, one after the other."""
     count = PROMPTS * (10 if pytestconfig.getoption("--long") else 1)
