@@ -20,7 +20,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import harness
-from benchmarks.eviction_replay import Policy, clairvoyant, read_trace, replay, smallest_pool
+from benchmarks.eviction_replay import (
+    LruFreeing,
+    Policy,
+    clairvoyant,
+    read_trace,
+    replay,
+    smallest_pool,
+)
 from benchmarks.harness import BenchmarkError, Row
 
 TRACES = Path(__file__).parent / "traces"
@@ -37,7 +44,7 @@ STOCK = (
     Policy("priority", "priority"),
 )
 OURS = Policy("rksc", "rksc")
-FREEING = Policy("lru-freeing", "lru-freeing")
+FREEING = Policy("lru-freeing", "rksc", strategy=LruFreeing)
 VARIANTS = (
     FREEING,
     Policy("rksc-paper", "rksc-paper"),

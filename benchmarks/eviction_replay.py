@@ -21,17 +21,22 @@ import torch
 
 from rksc_sglang.rsbcm.attention_mass import SlotMass
 from rksc_sglang.rsbcm.life_cycle import Branch
-from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
+from rksc_sglang.rsbcm.policy import RkscStrategy
 from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, read_events
 from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
 
 class Policy(NamedTuple):
-    """An eviction policy as SGLang's flags name it."""
+    """An eviction policy as SGLang's flags name it.
+
+    Attributes:
+        strategy: is used in the place of that one.
+    """
 
     name: str
     policy: str
     config: Mapping[str, Any] | None = None
+    strategy: type[RkscStrategy] | None = None
 
 
 class LruFreeing(RkscStrategy):
@@ -40,9 +45,6 @@ class LruFreeing(RkscStrategy):
     def get_priority(self, node: Any) -> tuple[float, ...]:
         assert self.life_cycle is not None
         return (self.life_cycle.rank(node) > 0, node.last_access_time)
-
-
-POLICIES["lru-freeing"] = LruFreeing
 
 
 @dataclass
@@ -218,7 +220,7 @@ def make_cache(capacity: int, policy: Policy) -> RkscRadixCache:
     allocator = TokenToKVPoolAllocator(
         capacity, dtype=torch.float32, device="cpu", kvcache=pool, need_sort=False
     )
-    return RkscRadixCache(
+    cache = RkscRadixCache(
         CacheInitParams(
             disable=False,
             req_to_token_pool=ReqToTokenPool(1, 1, "cpu", False),
@@ -229,6 +231,9 @@ def make_cache(capacity: int, policy: Policy) -> RkscRadixCache:
             eviction_policy_config=dict(policy.config) if policy.config else None,
         )
     )
+    if policy.strategy is not None:
+        cache.evict_by(policy.strategy())
+    return cache
 
 
 def _key(tokens: array, start: Start) -> Any:
@@ -265,19 +270,14 @@ def clairvoyant(events: Sequence[Event], capacity: int) -> Outcome:
     root = _Token()
     paths: dict[str, list[_Token]] = {}
     outputs: dict[str, list[_Token]] = {}
-    number = 0
     for event in events:
         if isinstance(event, Start):
             paths[event.rid] = _walk(root, (event.tenant, event.tokens))
-            for token in paths[event.rid]:
-                token.uses.append(number)
-            number += 1
         elif isinstance(event, Finish):
-            last = paths[event.rid][-1]
-            outputs[event.rid] = _walk_on(last, event.output)
-    every = list(_all(root))
-    for token in every:
-        token.uses.reverse()
+            outputs[event.rid] = _walk_on(paths[event.rid][-1], event.output)
+    for number, path in reversed(list(enumerate(paths.values()))):
+        for token in path:
+            token.uses.append(number)
     return _Bound(capacity).run(events, paths, outputs)
 
 
@@ -355,14 +355,6 @@ def _walk_on(token: _Token, tokens: Sequence[int]) -> list[_Token]:
         token = token.children.setdefault(value, _Token())
         path.append(token)
     return path
-
-
-def _all(root: _Token) -> Iterator[_Token]:
-    stack = [root]
-    while stack:
-        token = stack.pop()
-        yield token
-        stack += token.children.values()
 
 
 def smallest_pool(events: Sequence[Event]) -> tuple[int, int]:

@@ -8,9 +8,7 @@ import itertools
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from rich.progress import Progress
 from benchmarks import harness
 from benchmarks.eviction import OURS, TRACES
 from benchmarks.harness import Case, Condition, Row
+from benchmarks.load import work
 from benchmarks.programs import PROGRAMS, Mechanisms, Settings
 from benchmarks.statistics import paired_ratio
 from rksc_sglang.models.problems import problems
@@ -73,10 +72,7 @@ def run_programs(url: str, names: Sequence[str], jobs: int, seed: int) -> float:
             backend=backend,
         )
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(job, range(jobs)))
-    return time.perf_counter() - start
+    return work(range(jobs), job, AT_ONCE).wall
 
 
 def record(args: argparse.Namespace) -> None:

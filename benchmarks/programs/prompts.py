@@ -8,6 +8,22 @@ from typing import Any
 
 import sglang as sgl
 
+from rksc_sglang.models.dialogues import ask_step, quote_agents
+from rksc_sglang.models.dialogues import quote_text as quote
+
+__all__ = [
+    "ASK",
+    "PERSONAS",
+    "SOLVER",
+    "THINK",
+    "VERIFIER",
+    "ask_step",
+    "is_accepted",
+    "opening",
+    "quote",
+    "quote_agents",
+]
+
 SOLVER = "You solve problems. Work step by step. Write the answer on the last line."
 VERIFIER = "You check the work of others. Be exact."
 PERSONAS = (
@@ -26,23 +42,6 @@ def opening(question: str, examples: Sequence[tuple[str, str]], system: str = SO
     for asked, solved in examples:
         text += sgl.user(asked) + sgl.assistant(solved)
     return text + sgl.user(question) + sgl.assistant_begin()
-
-
-def ask_step(step: str) -> str:
-    return f"Step: {step}\nIs this step right? YES or NO."
-
-
-def quote(question: str, candidate: str) -> str:
-    """A verifier's message around a problem and a solution, without its question."""
-    return f"Problem:\n{question}\n\nProposed solution:\n{candidate}"
-
-
-def quote_agents(question: str, said: Sequence[str]) -> str:
-    """The problem with what each agent has said about it; the problem alone where none has."""
-    if not said:
-        return question
-    quoted = "\n\n".join(f"Agent {n} says:\n{text}" for n, text in enumerate(said, 1))
-    return f"{question}\n\n{quoted}\n\nGive your own solution."
 
 
 def is_accepted(thoughts: str) -> bool:

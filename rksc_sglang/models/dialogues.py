@@ -118,8 +118,25 @@ def user_prompt(problem: Problem, rng: random.Random) -> str:
 
 
 def quote(problem: Problem, candidate: str) -> str:
+    """As :func:`quote_text`, of a problem."""
+    return quote_text(problem.question, candidate)
+
+
+def quote_text(question: str, candidate: str) -> str:
     """A verifier's user message around a problem and a candidate, without its question."""
-    return f"Problem:\n{problem.question}\n\nProposed solution:\n{candidate}"
+    return f"Problem:\n{question}\n\nProposed solution:\n{candidate}"
+
+
+def quote_agents(question: str, said: Sequence[str]) -> str:
+    """A problem with what each agent has said about it; the problem alone where none has."""
+    if not said:
+        return question
+    quoted = "\n\n".join(f"Agent {n} says:\n{text}" for n, text in enumerate(said, 1))
+    return f"{question}\n\n{quoted}\n\nGive your own solution."
+
+
+def ask_step(step: str) -> str:
+    return f"Step: {step}\nIs this step right? YES or NO."
 
 
 def thought_verdict(problem: Problem, candidate: str) -> str:
@@ -165,13 +182,10 @@ def _solve(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
 
 
 def _debate(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
-    quoted = "\n\n".join(
-        f"Agent {number} says:\n{_candidate(problem, rng, attempts)}"
-        for number in range(1, rng.randint(2, 3))
-    )
+    said = [_candidate(problem, rng, attempts) for _ in range(1, rng.randint(2, 3))]
     return [
         *_opening(rng, system_prompt),
-        Turn("user", f"{problem.question}\n\n{quoted}\n\nGive your own solution."),
+        Turn("user", quote_agents(problem.question, said)),
         Turn("assistant", problem.solution, True),
     ]
 
@@ -228,12 +242,11 @@ def _step(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
     right, wrong = problem.work, _first_slip(problem, rng)
     for number in range(rng.randint(1, 3)):
         good = rng.random() < 0.5 or wrong is None
-        step = rng.choice(right.steps) if good else wrong
+        step = rng.choice(right.steps) if good or wrong is None else wrong
         if number:
-            turns.append(Turn("user", f"Step: {step}\nIs this step right? YES or NO."))
+            turns.append(Turn("user", ask_step(step)))
         else:
-            question = f"{problem.question}\n\nStep: {step}\nIs this step right? YES or NO."
-            turns[-1] = Turn("user", question)
+            turns[-1] = Turn("user", f"{problem.question}\n\n{ask_step(step)}")
         turns.append(Turn("assistant", YES if good else NO, True))
     return turns
 

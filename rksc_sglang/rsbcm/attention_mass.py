@@ -8,6 +8,7 @@ in Python.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -106,13 +107,22 @@ class AttentionSampler:
         self.chosen = sorted({len(layers) // 3, 2 * len(layers) // 3})
         for place, index in enumerate(self.chosen):
             first, last = place == 0, place == len(self.chosen) - 1
-            layers[index].register_forward_pre_hook(_hook(self._see, first, last), with_kwargs=True)
+            hook = functools.partial(self._see, first, last)
+            layers[index].register_forward_pre_hook(hook, with_kwargs=True)
 
     def _see(
-        self, attention: RadixAttention, query: Tensor, batch: ForwardBatch, first: bool, last: bool
+        self,
+        first: bool,
+        last: bool,
+        attention: RadixAttention,
+        args: tuple,
+        kwargs: dict[str, Any],
     ) -> None:
+        """Before a layer's attention, which is called with ``q, k, v, forward_batch``."""
         start = time.perf_counter()
         try:
+            query = args[0] if args else kwargs["q"]
+            batch = args[3] if len(args) > 3 else kwargs["forward_batch"]
             if first:
                 self.slot_mass.forget(batch.out_cache_loc)
                 self.sampling = batch.forward_mode.is_decode() and self._is_due()
@@ -160,17 +170,6 @@ def attention_of(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     groups = query.float().view(keys.shape[1], -1, query.shape[-1])
     scores = torch.einsum("khd,tkd->kht", groups, keys.float()) * scale
     return scores.softmax(-1).mean((0, 1))
-
-
-def _hook(
-    see: Callable[[RadixAttention, Tensor, ForwardBatch, bool, bool], None], first: bool, last: bool
-) -> Callable[..., None]:
-    def hook(attention: RadixAttention, args: tuple, kwargs: dict[str, Any]) -> None:
-        query = args[0] if args else kwargs["q"]
-        batch = args[3] if len(args) > 3 else kwargs["forward_batch"]
-        see(attention, query, batch, first, last)
-
-    return hook
 
 
 def _attentions(model: nn.Module) -> Sequence[RadixAttention]:

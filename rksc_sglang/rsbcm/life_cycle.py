@@ -38,6 +38,7 @@ class Program:
 
     Attributes:
         tenant: namespace of its requests.
+        name: by which it is known there; its group's, where its requests name none.
         seen: when it was last heard of, in seconds.
         branches: by group and number.
         named: by its requests; else it is one group, and over when all of its branches are.
@@ -46,6 +47,7 @@ class Program:
     """
 
     tenant: Hashable
+    name: str
     seen: float
     named: bool
     branches: dict[tuple[str, int], Branch] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class LifeCycle:
     memory_seconds: float = 600.0
     tenant_share: float = 0.5
     clock: Callable[[], float] = time.monotonic
+    #: The longest silent one first.
     programs: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
     groups: dict[tuple[Hashable, str], Program] = field(default_factory=dict)
     owners: WeakKeyDictionary[UnifiedTreeNode, Branch] = field(default_factory=WeakKeyDictionary)
@@ -112,10 +115,11 @@ class LifeCycle:
         now = self.clock()
         run = self.groups.get((tenant, group))
         if run is None:
-            fresh = Program(tenant, now, named=program is not None)
-            run = self.programs.setdefault((tenant, program or group), fresh)
+            fresh = Program(tenant, program or group, now, named=program is not None)
+            run = self.programs.setdefault((tenant, fresh.name), fresh)
             self.groups[tenant, group] = run
         run.seen = now
+        self.programs[tenant, run.name] = self.programs.pop((tenant, run.name))
         return run.branches.setdefault((group, number), Branch(run))
 
     def claim(
@@ -161,15 +165,23 @@ class LifeCycle:
         if run is not None:
             run.ended = True
 
+    def forget(self) -> None:
+        """Forget programs that are long silent."""
+        oldest = self.clock() - self.memory_seconds
+        while self.programs:
+            key, run = next(iter(self.programs.items()))
+            if run.seen >= oldest:
+                return
+            del self.programs[key]
+            for group, _ in run.branches:
+                self.groups.pop((run.tenant, group), None)
+
     def renew(self) -> None:
-        """Decide anew which branches are leased, and forget programs that are long silent."""
+        """Decide anew which branches are leased; what is long silent is forgotten first."""
+        self.forget()
         now = self.clock()
         frontier: list[Branch] = []
-        for key, run in list(self.programs.items()):
-            if now - run.seen > self.memory_seconds:
-                del self.programs[key]
-                for group, _ in run.branches:
-                    self.groups.pop((run.tenant, group), None)
+        for run in self.programs.values():
             for branch in run.branches.values():
                 branch.leased = False
                 if branch.state == "frontier" and not branch.over:

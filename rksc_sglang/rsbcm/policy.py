@@ -57,7 +57,7 @@ class RkscStrategy(EvictionStrategy):
     def begin(self, leaves: Collection[UnifiedTreeNode]) -> None:
         """A walk begins; these are the leaves that it may evict."""
         if self.life_cycle is not None:
-            self.life_cycle.renew()
+            (self.life_cycle.renew if self.uses_leases else self.life_cycle.forget)()
         self._importance = {}
         if self.uses_mass and self.slot_mass is not None:
             self._importance = self.slot_mass.of_nodes(leaves)

@@ -98,11 +98,14 @@ def receive(cache: RkscRadixCache, encoded: Mapping[str, float]) -> bool:
     """Hand reports to the cache; False, with nothing done, for what is not a report."""
     if not encoded or not all(name.startswith(_PREFIX) for name in encoded):
         return False
+    groups: dict[tuple[Tenant, str], dict[int, State]] = {}
     for name, state in encoded.items():
         extra_key, cache_salt, who, branch = json.loads(name.removeprefix(_PREFIX))
         tenant = (extra_key, cache_salt)
         if branch is None:
             cache.end_program(tenant, who)
         else:
-            cache.report_branches(tenant, who, {branch: STATES[int(state)]})
+            groups.setdefault((tenant, who), {})[branch] = STATES[int(state)]
+    for (tenant, group), states in groups.items():
+        cache.report_branches(tenant, group, states)
     return True

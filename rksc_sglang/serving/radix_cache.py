@@ -24,9 +24,9 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import RequestContract
 from rksc_sglang.rsbcm.life_cycle import PRUNED, Branch, LifeCycle, State
-from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
+from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy, make_strategy
 from rksc_sglang.rsbcm.trace import Tenant, TraceWriter
-from rksc_sglang.serving.tree_core import TREE_CORE, register_tree_core
+from rksc_sglang.serving.tree_core import TREE_CORE, register_tree_core, with_stock_policy
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -91,9 +91,13 @@ class RkscRadixCache(UnifiedRadixCache):
             params = replace(params, tree_core_backend=TREE_CORE)
         super().__init__(params)
         if ours and not self.disable:
-            strategy = self.tree_core.eviction_strategy
-            self.strategy = strategy
-            strategy.life_cycle = self.life_cycle = LifeCycle(self.token_to_kv_pool_allocator.size)
+            self.life_cycle = LifeCycle(self.token_to_kv_pool_allocator.size)
+            self.evict_by(make_strategy(params.eviction_policy, params.eviction_policy_config))
+
+    def evict_by(self, strategy: RkscStrategy) -> None:
+        """Give the tree core a policy, before anything was evicted."""
+        strategy.life_cycle = self.life_cycle
+        self.strategy = self.tree_core.eviction_strategy = strategy
 
     match_prefix = _timed("match")(UnifiedRadixCache.match_prefix)
     insert = _timed("insert")(UnifiedRadixCache.insert)
@@ -135,14 +139,12 @@ class RkscRadixCache(UnifiedRadixCache):
             )
 
     def _claim(self, req: Req, known: int) -> None:
-        branch = self._branch_of(req)
-        if branch is not None:
+        contract, branch = _contract_of(req), self._branch_of(req)
+        if contract is not None and branch is not None:
             assert self.life_cycle is not None
             node = self.tree_core.node_by_id(req.last_node)
-            computed, read = split_path(node, req.kv.cache_protected_len, known)
-            contract = _contract_of(req)
-            verifies = contract is not None and contract.verify is not None
-            self.life_cycle.claim(branch, computed, read, verifies)
+            path = split_path(node, req.kv.cache_protected_len, known)
+            self.life_cycle.claim(branch, *path, verifies=contract.verify is not None)
 
     def _branch_of(self, req: Req) -> Branch | None:
         contract = _contract_of(req)
@@ -178,7 +180,8 @@ class RkscRadixCache(UnifiedRadixCache):
             self.trace.report(tenant, group, states)
         if self.life_cycle is not None:
             self._safely(self.life_cycle.report, tenant, group, states)
-            self._safely(self.free_pruned)
+            if "pruned" in states.values():
+                self._safely(self.free_pruned)
 
     def end_program(self, tenant: Tenant, program: str) -> None:
         """Take note that a program is over."""
@@ -244,10 +247,7 @@ def create_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     with nothing but sliding windows), its own choice stands and RKSC has nothing to add.
     """
     if ctx.disable_radix_cache or (ctx.is_hybrid_swa and ctx.full_tokens_per_layer == 0):
-        if ctx.params.eviction_policy in POLICIES:
-            stock = replace(ctx.params, eviction_policy="lru", eviction_policy_config=None)
-            ctx = replace(ctx, params=stock)
-        return default_radix_cache_factory(ctx)
+        return default_radix_cache_factory(replace(ctx, params=with_stock_policy(ctx.params)))
     config = RkscConfig.from_env()
     if config is None or not config.approximate:
         return create_unified_radix_cache(ctx, cache_class=RkscRadixCache)

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
     register_tree_core_backend,
 )
 
-from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy, make_strategy
+from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
 
 #: Name of the core in SGLang's registry of tree cores.
 TREE_CORE = "rksc"
@@ -29,20 +29,21 @@ def register_tree_core() -> None:
         register_tree_core_backend(TREE_CORE, create_rksc_tree_core)
 
 
+def with_stock_policy(params: Any) -> Any:
+    """SGLang's construction arguments, with LRU in the place of a policy of RKSC's."""
+    if params.eviction_policy not in POLICIES:
+        return params
+    return replace(params, eviction_policy="lru", eviction_policy_config=None)
+
+
 def create_rksc_tree_core(params: Any, components: Any) -> Any:
     """Factory for ``register_tree_core_backend``.
 
     The core has SGLang's methods and, beside them, ``on_device_free``, called with the slots that
-    an eviction frees.
+    an eviction frees. Where the policy is RKSC's, the cache sets ``eviction_strategy``.
     """
-    if params.eviction_policy not in POLICIES:
-        core = create_tree_core("rust", params, components)
-    else:
-        stock = replace(params, eviction_policy="lru", eviction_policy_config=None)
-        core = create_tree_core("python", stock, components)
-        core.eviction_strategy = make_strategy(
-            params.eviction_policy, params.eviction_policy_config
-        )
+    ours = params.eviction_policy in POLICIES
+    core = create_tree_core("python" if ours else "rust", with_stock_policy(params), components)
 
     class Observed(type(core)):  # type: ignore[misc]
         on_device_free: Callable[[torch.Tensor], None] | None = None

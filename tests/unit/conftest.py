@@ -77,9 +77,12 @@ def model_runner(
 
 @pytest.fixture
 def make_cache(sglang_runtime: None) -> Callable[..., Any]:
-    """A radix cache of a given class, over ``capacity`` real KV slots."""
+    """A radix cache of a given class, over ``capacity`` real KV slots.
 
-    def make(cache_class: type, capacity: int = 512, page_size: int = 1) -> Any:
+    Further arguments are SGLang's ``CacheInitParams``.
+    """
+
+    def make(cache_class: type, capacity: int = 512, page_size: int = 1, **params: Any) -> Any:
         import torch
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
@@ -109,6 +112,7 @@ def make_cache(sglang_runtime: None) -> Callable[..., Any]:
                 token_to_kv_pool_allocator=allocator,
                 page_size=page_size,
                 tree_components=(ComponentType.FULL,),
+                **params,
             )
         )
 

@@ -1,7 +1,6 @@
 """RKSC's eviction policies on SGLang's real tree and allocator."""
 
 from array import array
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,17 +16,19 @@ TENANT = (None, None)
 CAPACITY = 64
 
 
-def cache_class(policy, config=None):
-    class Cache(RkscRadixCache):
-        def __init__(self, params):
-            super().__init__(replace(params, eviction_policy=policy, eviction_policy_config=config))
+@pytest.fixture
+def make_evicting(make_cache):
+    def make(policy, config=None):
+        return make_cache(
+            RkscRadixCache, CAPACITY, eviction_policy=policy, eviction_policy_config=config
+        )
 
-    return Cache
+    return make
 
 
 @pytest.fixture
-def cache(make_cache):
-    return make_cache(cache_class("rksc"), capacity=CAPACITY)
+def cache(make_evicting):
+    return make_evicting("rksc")
 
 
 def insert(cache, tokens, group=None, branch=0, program=None):
@@ -67,8 +68,8 @@ def held(cache, tokens):
 # What is evicted first
 
 
-def test_what_is_over_goes_first_and_what_is_leased_last(make_cache):
-    cache = make_cache(cache_class("rksc", {"lease": True}), capacity=CAPACITY)
+def test_what_is_over_goes_first_and_what_is_leased_last(make_evicting):
+    cache = make_evicting("rksc", {"lease": True})
     insert(cache, [1, 2, 3, 10, 11], "g", 0)
     insert(cache, [5, 6])
     insert(cache, [7, 8], "over", 0)
@@ -139,8 +140,8 @@ def test_text_that_two_branches_share_stays_when_one_is_pruned(cache):
     assert held(cache, [1, 2, 3, 9, 9]) == 5
 
 
-def test_the_papers_priority_is_importance_over_depth_plus_one(make_cache):
-    cache = make_cache(cache_class("rksc-paper"), capacity=CAPACITY)
+def test_the_papers_priority_is_importance_over_depth_plus_one(make_evicting):
+    cache = make_evicting("rksc-paper")
     assert isinstance(cache.strategy, PaperStrategy)
     mass = cache.strategy.slot_mass = SlotMass(CAPACITY + 1, "cpu")
     shallow = insert(cache, [1, 2])
@@ -287,9 +288,9 @@ def nodes_of(cache):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(work=st.lists(operation, max_size=50), policy=st.sampled_from(["rksc", "rksc-paper"]))
-def test_the_tree_stays_whole_and_evicts_what_it_should(make_cache, work, policy):
+def test_the_tree_stays_whole_and_evicts_what_it_should(make_evicting, work, policy):
     config = {"lease": True} if policy == "rksc" else None
-    cache = make_cache(cache_class(policy, config), capacity=CAPACITY)
+    cache = make_evicting(policy, config)
     allocator = cache.token_to_kv_pool_allocator
     ends, locks = [], []
     for kind, *arguments in work:
