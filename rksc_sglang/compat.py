@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 SGLANG_VERSION = "0.5.23"
@@ -154,9 +156,13 @@ def check_scheduler(scheduler: Any) -> None:
                 raise CompatError(f"SGLang moved {name} of its Python tree core: it is gone")
 
 
-# Hooks: private names of SGLang. One, in the frontend.
+# Hooks: private names of SGLang. All are in the frontend.
 
 _EXECUTE = "sglang.lang.interpreter.StreamExecutor._execute"
+_FINALIZERS = (
+    "sglang.lang.interpreter.StreamExecutor.__del__",
+    "sglang.lang.interpreter.ProgramState.__del__",
+)
 
 
 def hook_stream_executor(node_class: Any) -> None:
@@ -167,7 +173,6 @@ def hook_stream_executor(node_class: Any) -> None:
     Raises:
         CompatError: the hook did not take effect.
     """
-    from sglang.lang.interpreter import StreamExecutor
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def execute(original: Any, executor: Any, expr: Any) -> Any:
@@ -178,13 +183,58 @@ def hook_stream_executor(node_class: Any) -> None:
     check_seam(Seam(_EXECUTE.rsplit(".", 1)[0], "_execute", ("other",)))
     HookRegistry.register(_EXECUTE, execute, HookType.AROUND)
     HookRegistry.apply_hooks()
-    _check_stream_executor(StreamExecutor, node_class)
+    _check_stream_executor(_probe_executor(), node_class)
 
 
-def _check_stream_executor(executor_class: Any, node_class: Any) -> None:
-    """Send a probe node through a real executor, with no thread and no server."""
+def hook_finalizers(end_later: Callable[[Any], None]) -> None:
+    """Have program states that are garbage ended by ``end_later``, and not by the collector.
+
+    Raises:
+        CompatError: the hook did not take effect.
+    """
+    from sglang.lang.interpreter import ProgramState
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def finalize(garbage: Any) -> None:
+        end_later(getattr(garbage, "stream_executor", garbage))
+
+    for target in _FINALIZERS:
+        check_seam(Seam(target.rsplit(".", 1)[0], "__del__", ()))
+        HookRegistry.register(target, finalize, HookType.REPLACE)
+    HookRegistry.apply_hooks()
+    _check_finalizers(ProgramState)
+
+
+def _check_finalizers(state_class: Any) -> None:
+    """Throw away a state, and see that its executor is ended in another thread."""
+    ended: list[int] = []
+    done = threading.Event()
+
+    def end() -> None:
+        ended.append(threading.get_ident())
+        done.set()
+
+    executor = _probe_executor()
+    executor.end = end
+    state = state_class(executor)
+    del state, executor
+    if not done.wait(60) or threading.get_ident() in ended:
+        raise CompatError(f"SGLang moved {_FINALIZERS[1]}: states are not ended as RKSC would")
+
+
+def _probe_executor() -> Any:
+    """A real executor, with no thread and no server."""
     from sglang.lang.backend.base_backend import BaseBackend
+    from sglang.lang.interpreter import StreamExecutor
     from sglang.lang.ir import SglSamplingParams
+
+    return StreamExecutor(
+        BaseBackend(), {}, SglSamplingParams(), None, stream=False, use_thread=False
+    )
+
+
+def _check_stream_executor(executor: Any, node_class: Any) -> None:
+    """Send a probe node through an executor."""
 
     class Probe(node_class):
         reached = False
@@ -196,10 +246,6 @@ def _check_stream_executor(executor_class: Any, node_class: Any) -> None:
             self.reached = True
 
     probe = Probe()
-    executor = executor_class(
-        BaseBackend(), {}, SglSamplingParams(), None, stream=False, use_thread=False
-    )
-    executor.end = lambda: None  # It has no worker thread to stop.
     executor.submit(probe)
     if not probe.reached:
         raise CompatError(f"SGLang moved {_EXECUTE}: RKSC's nodes do not reach it")

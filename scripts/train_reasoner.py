@@ -227,12 +227,16 @@ def learning_rate(done: float) -> float:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for matrices (Muon, https://kellerjordan.github.io/posts/muon).
 
-    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, but in float32 and for all
-    matrices of a shape at once: in bfloat16, which most CPUs emulate, a step takes 8 s and not 0.2.
+    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, but for all matrices of a shape
+    at once, and in bfloat16 only where it is asked for: most CPUs emulate it, and a step takes 8 s
+    there and not 0.2.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -249,7 +253,8 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(parameter.grad, 0.05)
                     updates.append(parameter.grad.lerp(momentum, 0.95))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for parameter, update in zip(some, orthogonalise(torch.stack(updates))):
+                matrices = torch.stack(updates).to(self.dtype)
+                for parameter, update in zip(some, orthogonalise(matrices)):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-scale)
 
@@ -265,14 +270,16 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, rate: float, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest."""
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         (matrices if inside else rest).append(parameter)
     return [
-        Muon(matrices, lr=rate, weight_decay=0.05),
+        Muon(matrices, lr=rate, weight_decay=0.05, dtype=dtype),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -293,6 +300,11 @@ def parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=4e-3)
     add("--attempts-every", type=float, default=4e6, help="tokens between samplings of attempts")
     add("--attempts", type=int, default=600, help="problems sampled each time")
+    add(
+        "--bfloat16",
+        action="store_true",
+        help="compute in it, compiled: half as fast again where the processor has it",
+    )
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
@@ -333,7 +345,10 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = train_tokenizer(args.vocab_size, args.seed)
         tokenizer.save_pretrained(folder)
     model = make_model(args, tokenizer)
-    optimizers = make_optimizers(model, args.learning_rate)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    optimizers = make_optimizers(model, args.learning_rate, dtype)
+    # Rows have two lengths: two graphs.
+    compute_loss = torch.compile(loss_of, dynamic=False) if args.bfloat16 else loss_of
     attempts, step, sampled = Attempts(), 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
@@ -378,7 +393,8 @@ def run(args: argparse.Namespace) -> None:
                 x.to(args.device)
                 for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)
             )
-            loss, spoken = loss_of(model, ids, weights)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
+                loss, spoken = compute_loss(model, ids, weights)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:

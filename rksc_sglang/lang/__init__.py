@@ -1,6 +1,7 @@
 """The frontend: ``fork``, ``verify`` and ``gen_verdict`` for SGLang's frontend language."""
 
 from rksc_sglang import compat
+from rksc_sglang.lang import endings
 from rksc_sglang.lang.branches import BranchGroup, fork
 from rksc_sglang.lang.node import SglVerdict, gen_verdict
 from rksc_sglang.lang.scoring import VerifyError
@@ -9,3 +10,5 @@ from rksc_sglang.lang.verdict import Verdict, verify
 __all__ = ["BranchGroup", "Verdict", "VerifyError", "fork", "gen_verdict", "verify"]
 
 compat.hook_stream_executor(SglVerdict)
+endings.start()
+compat.hook_finalizers(endings.end_later)

@@ -120,6 +120,7 @@ def _watch_ends(backend: RuntimeEndpoint, server: Server) -> None:
         tell(executor)
         program = getattr(executor, "rksc_program", None)
         if program is not None:
+            del executor.rksc_program  # its finalizer ends it once more
             try:
                 server.report_end(program)
             except ServerError as error:

@@ -38,11 +38,22 @@ def test_the_interpreter_hook_notices_an_executor_that_ignores_nodes():
     from rksc_sglang.lang.node import SglVerdict
 
     class Deaf:
-        def __init__(self, *args, **kwargs):
-            pass
-
         def submit(self, expr):
             pass
 
     with pytest.raises(compat.CompatError, match="_execute"):
-        compat._check_stream_executor(Deaf, SglVerdict)
+        compat._check_stream_executor(Deaf(), SglVerdict)
+
+
+def test_the_finalizer_hook_notices_a_state_that_is_ended_in_place():
+    import rksc_sglang.lang  # noqa: F401
+
+    class Stock:
+        def __init__(self, stream_executor):
+            self.stream_executor = stream_executor
+
+        def __del__(self):
+            self.stream_executor.end()
+
+    with pytest.raises(compat.CompatError, match="__del__"):
+        compat._check_finalizers(Stock)

@@ -1,5 +1,8 @@
 """The frontend without a server: arguments, texts, tracing. With one: tests/e2e."""
 
+import gc
+import threading
+
 import pytest
 import sglang as sgl
 from sglang.lang.backend.base_backend import BaseBackend
@@ -55,6 +58,21 @@ def test_a_nested_fork_is_one_deeper_and_another_group(state):
     assert contract_of_executor(inner[1].stream_executor).depth == 1
     inner.join()
     outer.join()
+
+
+def test_the_garbage_collector_never_waits_for_a_lock(state):
+    branch = state.fork(1)[0]
+    executor = branch.stream_executor
+    branch.itself = branch  # left to the garbage collector
+    del branch
+    # As when it runs in the middle of a call of the queue, in the thread that makes that call.
+    with executor.queue.mutex:
+        collector = threading.Thread(target=gc.collect, daemon=True)
+        collector.start()
+        collector.join(60)
+        assert not collector.is_alive()
+    executor.worker.join(60)
+    assert not executor.worker.is_alive()
 
 
 def test_hints_go_one_to_a_branch(state):

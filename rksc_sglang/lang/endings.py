@@ -1,0 +1,42 @@
+"""Ends program states that are garbage, from a thread of its own.
+
+SGLang ends a state in its finalizer, which takes locks: its queue's and those of ``threading``. The
+garbage collector runs finalizers in whatever thread it is called in, also in one that holds such a
+lock, for instance because it is starting another thread, and that thread then waits for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from queue import SimpleQueue
+from typing import Any
+
+#: Finalizers may put into a SimpleQueue: it takes no lock that its own thread could hold.
+_garbage: SimpleQueue[Any] = SimpleQueue()
+
+
+def end_later(executor: Any) -> None:
+    """End a stream executor soon, in another thread."""
+    _garbage.put(executor)
+
+
+def start() -> None:
+    """Start the thread, in this process and in those that are forked from it."""
+    _start_thread()
+    os.register_at_fork(after_in_child=_start_thread)
+
+
+def _start_thread() -> None:
+    threading.Thread(target=_end_garbage, name="rksc-endings", daemon=True).start()
+
+
+def _end_garbage() -> None:
+    while True:
+        executor = _garbage.get()
+        try:
+            executor.end()
+        except Exception as error:
+            warnings.warn(f"a program state was not ended: {error!r}", stacklevel=1)
+        del executor  # or it would live until the next one comes
