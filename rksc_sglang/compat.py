@@ -156,7 +156,51 @@ def check_scheduler(scheduler: Any) -> None:
                 raise CompatError(f"SGLang moved {name} of its Python tree core: it is gone")
 
 
-# Hooks: private names of SGLang. All are in the frontend.
+class Extension(NamedTuple):
+    """An extension point that patches/ adds to SGLang, and what is done where it is missing."""
+
+    place: str  # dotted name
+    stand_in: str
+
+
+EXTENSIONS = {
+    "frontend_nodes": Extension(
+        "sglang.lang.ir.SglExpr.execute", "a hook on the interpreter's _execute"
+    ),
+    "frontend_endings": Extension(
+        "sglang.lang.interpreter.end_later", "hooks on the program states' finalizers"
+    ),
+    "model_layers": Extension(
+        "sglang.srt.model_executor.layer_interceptor.InterceptableLayers",
+        "wrapped forwards of the layers",
+    ),
+    "attention_queries": Extension(
+        "sglang.srt.layers.radix_attention.RadixAttention.query_observer",
+        "PyTorch's hooks on the attention modules",
+    ),
+    "request_validation": Extension(f"{_TOKENIZER}.validate_request", "a middleware"),
+    "admission": Extension(f"{_ADDER}.should_hold", "an overridden add_one_req"),
+}
+
+
+def has_extension(name: str) -> bool:
+    """Whether this SGLang has one of :data:`EXTENSIONS`."""
+    try:
+        pkgutil.resolve_name(EXTENSIONS[name].place)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def extensions() -> dict[str, str]:
+    """What is used at each of :data:`EXTENSIONS`, for status page and banner."""
+    return {
+        name: "extension point" if has_extension(name) else extension.stand_in
+        for name, extension in EXTENSIONS.items()
+    }
+
+
+# Hooks: private names of SGLang. All are in the frontend, and none where it was patched.
 
 _EXECUTE = "sglang.lang.interpreter.StreamExecutor._execute"
 _FINALIZERS = (
@@ -171,8 +215,14 @@ def hook_stream_executor(node_class: Any) -> None:
     The interpreter knows its own node types only, in one chain of type tests.
 
     Raises:
-        CompatError: the hook did not take effect.
+        CompatError: the hook, or SGLang's extension point, did not take effect.
     """
+    if not has_extension("frontend_nodes"):
+        _hook_execute(node_class)
+    _check_stream_executor(_probe_executor(), node_class)
+
+
+def _hook_execute(node_class: Any) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def execute(original: Any, executor: Any, expr: Any) -> Any:
@@ -183,14 +233,13 @@ def hook_stream_executor(node_class: Any) -> None:
     check_seam(Seam(_EXECUTE.rsplit(".", 1)[0], "_execute", ("other",)))
     HookRegistry.register(_EXECUTE, execute, HookType.AROUND)
     HookRegistry.apply_hooks()
-    _check_stream_executor(_probe_executor(), node_class)
 
 
 def hook_finalizers(end_later: Callable[[Any], None]) -> None:
     """Have program states that are garbage ended by ``end_later``, and not by the collector.
 
     Raises:
-        CompatError: the hook did not take effect.
+        CompatError: the hooks did not take effect.
     """
     from sglang.lang.interpreter import ProgramState
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

@@ -204,6 +204,7 @@ def print_banner(config: RkscConfig, server_args: Any) -> None:
     """Say what is on, and what is not and why; called when the server is ready."""
     from sglang.srt.entrypoints.http_server import get_global_state
 
+    from rksc_sglang.compat import EXTENSIONS, has_extension
     from rksc_sglang.contract import KEY
 
     lines = [f"RKSC is on, mode {config.mode}. Status: {server_args.url()}/rksc/status"]
@@ -211,6 +212,11 @@ def print_banner(config: RkscConfig, server_args: Any) -> None:
     info = get_global_state().scheduler_info.get(KEY, {"features": {}})
     for name, feature in info["features"].items():
         lines.append(f"  {name}: " + ("on" if feature["on"] else f"off ({feature['reason']})"))
+    missing = [name for name in EXTENSIONS if not has_extension(name)]
+    lines.append(
+        f"  extension points of patches/: {len(EXTENSIONS) - len(missing)} of {len(EXTENSIONS)}"
+        + (f" (done otherwise: {', '.join(missing)})" if missing else "")
+    )
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

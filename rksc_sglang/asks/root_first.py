@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
+from rksc_sglang.compat import has_extension
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
@@ -66,6 +68,7 @@ class RootFirstPrefillAdder(PrefillAdder):
     Subclass attributes are set by :func:`make_adder_class`.
     """
 
+    sglang_asks = has_extension("admission")
     min_tokens: int | None  # None: off
     on_held: Callable[[Req], None]
     on_error: Callable[[str], None]
@@ -73,20 +76,23 @@ class RootFirstPrefillAdder(PrefillAdder):
     def add_one_req(
         self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
     ) -> AddReqResult:
-        if self._should_hold(req):
-            self.on_held(req)
+        if not self.sglang_asks and self.should_hold(req):
             # CONTINUE without admission: the scheduler looks at the next request in the queue.
             return AddReqResult.CONTINUE
         return super().add_one_req(req, has_chunked_req, truncation_align_size)
 
-    def _should_hold(self, req: Req) -> bool:
+    def should_hold(self, req: Req) -> bool:
+        """Whether the request shall stay in the waiting queue."""
         if self.min_tokens is None:
             return False
         try:
             wanted = tokens_worth_waiting_for(req, self.min_tokens, self.page_size)
-            return wanted is not None and any(
+            held = wanted is not None and any(
                 will_publish(leader, req, wanted) for leader in self._leaders()
             )
+            if held:
+                self.on_held(req)
+            return held
         except Exception:
             logger.exception("RKSC root-first failed for %s: admitted at once", req.rid)
             self.on_error("root_first")

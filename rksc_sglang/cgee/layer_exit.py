@@ -144,17 +144,24 @@ class LayerExit:
         self.layers, self.norm, self.head = _parts(model)
         _check_batch()
         self._pass: _Pass | None = None
+        self._signatures = [inspect.signature(layer.forward) for layer in self.layers]
+        if hasattr(model.model, "layer_interceptor"):
+            model.model.layer_interceptor = self._around
+            return
         for depth, layer in enumerate(self.layers):
-            signature = inspect.signature(layer.forward)
-            enter = functools.partial(self._enter, depth, signature)
+            enter = functools.partial(self._enter, depth)
             # In front of whoever else reads the layer's input: that is the smaller batch's.
             layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             layer.forward = self._wrap(depth, layer.forward)
 
+    def _around(self, depth: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a call of the layer."""
+        args, kwargs = self._enter(depth, layer, args, kwargs) or (args, kwargs)
+        return self._run(depth, layer, *args, **kwargs)
+
     def _enter(
         self,
         depth: int,
-        signature: inspect.Signature,
         layer: nn.Module,
         args: tuple,
         kwargs: dict[str, Any],
@@ -162,6 +169,7 @@ class LayerExit:
         """Before a layer: look, let requests leave, and hand it the batch of those who stay."""
         if depth and self._pass is None:
             return None
+        signature = self._signatures[depth]
         given = signature.bind(*args, **kwargs).arguments
         if depth == 0:
             self._pass = self._begin(given["forward_batch"])
@@ -183,23 +191,31 @@ class LayerExit:
         return args, {name: new.get(name, value) for name, value in kwargs.items()}
 
     def _wrap(self, depth: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(forward)
-
         @functools.wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            now = self._pass
-            if now is None:
-                return forward(*args, **kwargs)
-            if now.rows:
-                hidden = forward(*args, **kwargs)
-            else:
-                hidden = signature.bind(*args, **kwargs).arguments["hidden_states"]
-            if depth == len(self.layers) - 1:
-                self._pass = None
-                hidden = self._end(now, hidden)
-            return hidden
+            return self._run(depth, forward, *args, **kwargs)
 
         return run
+
+    def _run(
+        self,
+        depth: int,
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run a layer on those who are left, if there are any; behind the last one, end."""
+        now = self._pass
+        if now is None:
+            return forward(*args, **kwargs)
+        if now.rows:
+            hidden = forward(*args, **kwargs)
+        else:
+            hidden = self._signatures[depth].bind(*args, **kwargs).arguments["hidden_states"]
+        if depth == len(self.layers) - 1:
+            self._pass = None
+            hidden = self._end(now, hidden)
+        return hidden
 
     def _begin(self, batch: ForwardBatch) -> _Pass | None:
         if not batch.forward_mode.is_extend():

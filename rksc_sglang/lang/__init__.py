@@ -10,5 +10,6 @@ from rksc_sglang.lang.verdict import Verdict, verify
 __all__ = ["BranchGroup", "Verdict", "VerifyError", "fork", "gen_verdict", "verify"]
 
 compat.hook_stream_executor(SglVerdict)
-endings.start()
-compat.hook_finalizers(endings.end_later)
+if not compat.has_extension("frontend_endings"):
+    endings.start()
+    compat.hook_finalizers(endings.end_later)

@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from torch import Tensor, nn
 
+from rksc_sglang.compat import has_extension
 from rksc_sglang.decoder import UnsupportedModel, decoder_layers
 
 if TYPE_CHECKING:
@@ -107,22 +108,24 @@ class AttentionSampler:
         self.chosen = sorted({len(layers) // 3, 2 * len(layers) // 3})
         for place, index in enumerate(self.chosen):
             first, last = place == 0, place == len(self.chosen) - 1
-            hook = functools.partial(self._see, first, last)
-            layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+            observe = functools.partial(self._see, first, last)
+            if has_extension("attention_queries"):
+                layers[index].query_observer = observe
+            else:
+                hook = functools.partial(_hand_over, observe)
+                layers[index].register_forward_pre_hook(hook, with_kwargs=True)
 
     def _see(
         self,
         first: bool,
         last: bool,
         attention: RadixAttention,
-        args: tuple,
-        kwargs: dict[str, Any],
+        query: Tensor,
+        batch: ForwardBatch,
     ) -> None:
-        """Before a layer's attention, which is called with ``q, k, v, forward_batch``."""
+        """Before a layer's attention."""
         start = time.perf_counter()
         try:
-            query = args[0] if args else kwargs["q"]
-            batch = args[3] if len(args) > 3 else kwargs["forward_batch"]
             if first:
                 self.slot_mass.forget(batch.out_cache_loc)
                 self.sampling = batch.forward_mode.is_decode() and self._is_due()
@@ -155,6 +158,15 @@ class AttentionSampler:
             slots = self.rows.req_to_token[rows[place], : int(lengths[place]) - 1].long()
             attended = attention_of(queries[place], keys[slots], attention.scaling)
             self.slot_mass.add(slots, attended)
+
+
+def _hand_over(
+    observe: Callable[..., None], attention: RadixAttention, args: tuple, kwargs: dict[str, Any]
+) -> None:
+    """A module hook; attention is called with ``q, k, v, forward_batch``, by place or by name."""
+    query = args[0] if args else kwargs["q"]
+    batch = args[3] if len(args) > 3 else kwargs["forward_batch"]
+    observe(attention, query, batch)
 
 
 def attention_of(query: Tensor, keys: Tensor, scale: float) -> Tensor:

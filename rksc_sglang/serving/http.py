@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sglang.srt.entrypoints.http_server import get_global_state
 
 import rksc_sglang
+from rksc_sglang.compat import extensions, has_extension
 from rksc_sglang.contract import KEY, ContractError
 from rksc_sglang.rsbcm.life_cycle import State
 from rksc_sglang.serving.evicting import end_of, states_of
@@ -44,6 +45,7 @@ async def status() -> dict[str, Any]:
         "model_path": manager.config_value("model_path"),
         "mode": manager.rksc_config.mode,
         "config": vars(manager.rksc_config),
+        "extension_points": extensions(),
         "frontend_counters": manager.rksc_counters.snapshot(),
         "ranks": [state[KEY] for state in states],
     }
@@ -92,17 +94,18 @@ async def branches(body: BranchStates) -> dict[str, Any]:
 class RkscMiddleware:
     """Refuses a malformed contract before a stream starts, and sets the ``x-rksc`` header.
 
-    SGLang begins a stream on ``/generate`` with status 200 and reports errors inside it; its
-    OpenAI routes have no place for ``meta_info`` in most of their responses.
+    SGLang begins a stream on ``/generate`` with status 200 and reports errors inside it, unless it
+    has been patched; its OpenAI routes have no place for ``meta_info`` in most of their responses.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.sglang_validates = has_extension("request_validation")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
             await self.app(scope, receive, send)
-        elif scope["path"] == "/generate":
+        elif scope["path"] == "/generate" and not self.sglang_validates:
             await self._generate(scope, receive, send)
         elif scope["path"].startswith("/v1/"):
             await self._openai(scope, receive, send)

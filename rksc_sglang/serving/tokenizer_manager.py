@@ -57,6 +57,10 @@ class RkscTokenizerManager(TokenizerManager):
         infos = response_infos.get()
         return responses if infos is None else _noting(responses, infos)
 
+    def validate_request(self, obj: GenerateReqInput) -> None:
+        """Before the response begins, where SGLang asks for it: as ``check_contracts``."""
+        self.check_contracts(obj.sampling_params)
+
     def check_contracts(self, sampling_params: Any) -> None:
         """Raise ContractError, which SGLang's routes answer with HTTP 400, for a malformed one."""
         try:

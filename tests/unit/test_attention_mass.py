@@ -81,6 +81,8 @@ def pools(sglang_runtime):
 def sample(model, query, batch):
     for layer in model.model.layers:
         # What a pass runs before a layer's attention, and no more of it.
+        if getattr(layer.attn, "query_observer", None) is not None:  # SGLang with patches/
+            layer.attn.query_observer(layer.attn, query, batch)
         for hook in layer.attn._forward_pre_hooks.values():
             hook(layer.attn, (query, None, None, batch), {})
 
