@@ -50,6 +50,8 @@ VARIANTS = (
     Policy("rksc-paper", "rksc-paper"),
     Policy("without-life_cycle", "rksc", {"life_cycle": False}),
     Policy("without-fan_out", "rksc", {"fan_out": 0.0}),
+    Policy("without-trim", "rksc", {"trim": 0}),
+    Policy("lru-trimming", "rksc", {"life_cycle": False, "fan_out": 0.0}),
     Policy("with-lease", "rksc", {"lease": True}),
     Policy("with-mass", "rksc", {"mass": 1.0}),
     Policy("with-depth", "rksc", {"depth": 1.0}),

@@ -42,6 +42,9 @@ class Policy(NamedTuple):
 class LruFreeing(RkscStrategy):
     """LRU, with the pages of pruned branches freed at once: the plain half of the life cycle."""
 
+    def __init__(self, trim: int = 0) -> None:
+        super().__init__(trim=trim)
+
     def get_priority(self, node: Any) -> tuple[float, ...]:
         assert self.life_cycle is not None
         return (self.life_cycle.rank(node) > 0, node.last_access_time)

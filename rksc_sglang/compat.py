@@ -36,6 +36,7 @@ _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _STREAM = "sglang.srt.layers.layer_boundary.residual.stream.ResidualStream"
 _ATTENTION = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
 _CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+_PYTHON_CORE = "sglang.srt.mem_cache.unified_cache.unified_tree_core.UnifiedTreeCore"
 
 SEAMS = (
     Seam(_SCHEDULER, "get_prefill_adder_class", ()),
@@ -76,6 +77,7 @@ SEAMS = (
     Seam(_CORE, "evict_device_start", ("component_type", "request_cnt")),
     Seam(_CORE, "evict_device_next_node", ("component_type", "tracker")),
     Seam(_CORE, "evict_device_leaf", ("node_id", "is_write_back")),
+    Seam(_PYTHON_CORE, "_split_node", ("key", "child", "split_len")),  # called, not overridden
 )
 
 

@@ -151,6 +151,13 @@ class LifeCycle:
             elif self.readers[node] is not run:
                 self.readers[node] = None
 
+    def split(self, head: UnifiedTreeNode, tail: UnifiedTreeNode) -> None:
+        """A node was split: its head is whose it was."""
+        if tail in self.owners:
+            self.owners[head] = self.owners[tail]
+        if tail in self.readers:
+            self.readers[head] = self.readers[tail]
+
     def report(self, tenant: Hashable, group: str, states: Mapping[int, State]) -> None:
         for number, state in states.items():
             branch = self.branch(tenant, group, number)

@@ -32,6 +32,8 @@ class RkscStrategy(EvictionStrategy):
         depth: weight of the node's nearness to the root, in nodes.
         cost: weight of the share of its recomputation that attention to its prefix is.
         fan_out: weight of the number of its siblings.
+        trim: tokens that a leaf loses at least, from its end, when it is evicted in parts; 0: always
+            as a whole.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class RkscStrategy(EvictionStrategy):
         depth: float = 0.0,
         cost: float = 0.0,
         fan_out: float = 2.0,
+        trim: int = 16,
     ) -> None:
         self.uses_life_cycle, self.uses_leases = life_cycle, lease
         self.weights = {"mass": mass, "depth": depth, "cost": cost, "fan_out": fan_out}
+        self.trim = trim
         self.life_cycle: LifeCycle | None = None
         self.slot_mass: SlotMass | None = None
         self.now = 0.0
@@ -62,6 +66,11 @@ class RkscStrategy(EvictionStrategy):
         if self.uses_mass and self.slot_mass is not None:
             self._importance = self.slot_mass.of_nodes(leaves)
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
+
+    def split(self, head: UnifiedTreeNode, tail: UnifiedTreeNode) -> None:
+        """A node was split: its head is a node of its own."""
+        if self.life_cycle is not None:
+            self.life_cycle.split(head, tail)
 
     def importance(self, node: UnifiedTreeNode) -> float:
         """Attention mass per token, relative to the mean over all slots that have any."""
@@ -99,7 +108,7 @@ class PaperStrategy(RkscStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(mass=1.0)
+        super().__init__(mass=1.0, trim=0)
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
         return (self.importance(node) / (depth_of(node) + 1),)

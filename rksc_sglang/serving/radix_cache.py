@@ -104,11 +104,17 @@ class RkscRadixCache(UnifiedRadixCache):
 
     @_timed("evict")
     def evict(self, params: EvictParams) -> Any:
+        self._want(params)
         return self._count(super().evict(params))
 
     @_timed("evict")
     def evict_for_alloc(self, params: EvictParams, **kwargs: Any) -> Any:
+        self._want(params)
         return self._count(super().evict_for_alloc(params, **kwargs))
+
+    def _want(self, params: EvictParams) -> None:
+        if self.strategy is not None:
+            self.tree_core.wanted = params.num_tokens
 
     def _count(self, result: Any) -> Any:
         self.evicted_tokens += result.num_tokens_evicted

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
@@ -18,6 +18,9 @@ from sglang.srt.mem_cache.unified_cache.tree_core_registry import (
 )
 
 from rksc_sglang.rsbcm.policy import POLICIES, RkscStrategy
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core import UnifiedTreeNode
 
 #: Name of the core in SGLang's registry of tree cores.
 TREE_CORE = "rksc"
@@ -47,6 +50,8 @@ def create_rksc_tree_core(params: Any, components: Any) -> Any:
 
     class Observed(type(core)):  # type: ignore[misc]
         on_device_free: Callable[[torch.Tensor], None] | None = None
+        #: Tokens that the eviction under way has still to free; the cache sets it.
+        wanted = 0
 
         def evict_device_start(self, *args: Any, **kwargs: Any) -> None:
             strategy = getattr(self, "eviction_strategy", None)  # the Rust core shows none
@@ -57,8 +62,24 @@ def create_rksc_tree_core(params: Any, components: Any) -> Any:
         def evict_device_next_node(self, *args: Any, **kwargs: Any) -> Any:
             return self._observe(super().evict_device_next_node(*args, **kwargs))
 
-        def evict_device_leaf(self, *args: Any, **kwargs: Any) -> Any:
-            return self._observe(super().evict_device_leaf(*args, **kwargs))
+        def evict_device_leaf(self, node_id: int, *args: Any, **kwargs: Any) -> Any:
+            strategy = getattr(self, "eviction_strategy", None)
+            if isinstance(strategy, RkscStrategy) and strategy.trim:
+                self._keep_head(self.node_by_id(node_id), strategy)
+            result = super().evict_device_leaf(node_id, *args, **kwargs)
+            self.wanted -= result.tracker.get(ComponentType.FULL, 0)
+            return self._observe(result)
+
+        def _keep_head(self, leaf: UnifiedTreeNode, strategy: RkscStrategy) -> None:
+            """Split a leaf that is about to be evicted, so that no more of it goes than must."""
+            pages = -(-max(self.wanted, strategy.trim) // self.page_size)
+            keep = len(leaf.key) - pages * self.page_size
+            if keep < strategy.trim:
+                return
+            used = leaf.last_access_time
+            head, _ = self._split_node(leaf.key, leaf, keep)
+            head.last_access_time = leaf.last_access_time = used
+            strategy.split(head, leaf)
 
         def _observe(self, result: Any) -> Any:
             if self.on_device_free is not None:

@@ -84,6 +84,31 @@ def test_what_is_over_goes_first_and_what_is_leased_last(make_evicting):
     assert held(cache, [1, 2, 3, 10, 11]) == 0, "a lease is no lock"
 
 
+def test_a_leaf_loses_no_more_than_it_must_and_stays_whose_it_was(make_evicting):
+    cache = make_evicting("rksc", {"trim": 2})
+    text = list(range(20))
+    insert(cache, text, "g", 0)
+    assert evict(cache, 3) == 3
+    assert held(cache, text) == 17
+    assert evict(cache, 1) == 2, "in one step, twice as much: small steps cost as much as large"
+    assert held(cache, text) == 15
+    assert evict(cache, 14) == 15, "what would be left is not worth a node"
+    insert(cache, text, "g", 1)
+    evict(cache, 5)
+    cache.report_branches(TENANT, "g", {1: "pruned"})
+    assert held(cache, text) == 0
+
+
+def test_whole_pages_are_trimmed(make_cache):
+    config = {"trim": 1}
+    cache = make_cache(
+        RkscRadixCache, 64, page_size=4, eviction_policy="rksc", eviction_policy_config=config
+    )
+    insert(cache, list(range(20)))
+    assert evict(cache, 5) == 8
+    assert held(cache, list(range(20))) == 12
+
+
 def test_siblings_make_a_node_worth_more(cache):
     crowd = [insert(cache, [1, 2, 3, last]) for last in (10, 11, 12)]
     alone = insert(cache, [7, 8, 9])  # beside [1, 2, 3]
@@ -287,9 +312,13 @@ def nodes_of(cache):
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(work=st.lists(operation, max_size=50), policy=st.sampled_from(["rksc", "rksc-paper"]))
-def test_the_tree_stays_whole_and_evicts_what_it_should(make_evicting, work, policy):
-    config = {"lease": True} if policy == "rksc" else None
+@given(
+    work=st.lists(operation, max_size=50),
+    policy=st.sampled_from(["rksc", "rksc-paper"]),
+    trim=st.sampled_from([0, 1, 3]),
+)
+def test_the_tree_stays_whole_and_evicts_what_it_should(make_evicting, work, policy, trim):
+    config = {"lease": True, "trim": trim} if policy == "rksc" else None
     cache = make_evicting(policy, config)
     allocator = cache.token_to_kv_pool_allocator
     ends, locks = [], []
