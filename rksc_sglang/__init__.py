@@ -11,20 +11,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rksc_sglang.config import RkscConfig
-    from rksc_sglang.lang import BranchGroup, Verdict, VerifyError, fork, gen_verdict, verify
+    from rksc_sglang.lang import (
+        BranchGroup,
+        Think,
+        Verdict,
+        VerifyError,
+        fork,
+        gen_verdict,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "RkscConfig": "rksc_sglang.config",
     "BranchGroup": "rksc_sglang.lang",
+    "Think": "rksc_sglang.lang",
     "Verdict": "rksc_sglang.lang",
     "VerifyError": "rksc_sglang.lang",
     "fork": "rksc_sglang.lang",
     "gen_verdict": "rksc_sglang.lang",
     "verify": "rksc_sglang.lang",
 }
-__all__ = ["BranchGroup", "RkscConfig", "Verdict", "VerifyError", "fork", "gen_verdict", "verify"]
+__all__ = [
+    "BranchGroup",
+    "RkscConfig",
+    "Think",
+    "Verdict",
+    "VerifyError",
+    "fork",
+    "gen_verdict",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

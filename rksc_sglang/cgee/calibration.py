@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class Judged:
         confidence: mean top-1 probability of its tokens.
         lens: [layers - 1][labels] lens logits behind each layer but the last.
         final: [labels] log-probabilities of the labels.
+        tokens: that it took; branches that run at once finish in the order of these.
     """
 
     answer: str | None
@@ -57,6 +58,7 @@ class Judged:
     confidence: float
     lens: Sequence[Sequence[float]]
     final: Sequence[float]
+    tokens: int
 
 
 Group = Sequence[Judged]
@@ -223,22 +225,57 @@ def calibrate_exit(
     return rule_of(*setting), evidence
 
 
-def skip_errors(groups: Sequence[Group], gate: SkipGate) -> tuple[int, int, int]:
-    """Errors caused, errors mended, and groups skipped."""
-    caused = mended = skipped = 0
+def stop_early(group: Group, gate: SkipGate) -> tuple[int | None, int]:
+    """What a gate does that looks each time a branch has finished.
+
+    Returns:
+        The branch that wins, None: the group is verified; and the tokens that are generated.
+    """
+    order = sorted(range(len(group)), key=lambda branch: group[branch].tokens)
+    spent = sum(judged.tokens for judged in group)
+    for finished in range(1, len(group) + 1):
+        known = sorted(order[:finished])
+        place = gate.winner(evidence_of([group[branch] for branch in known], len(group)))
+        if place is not None:
+            now = group[order[finished - 1]].tokens
+            return known[place], sum(min(judged.tokens, now) for judged in group)
+    return None, spent
+
+
+class SkipErrors(NamedTuple):
+    """What a gate does to problems.
+
+    Attributes:
+        caused: errors, by looking at the end or after each branch: the union of both.
+        mended: by looking at the end.
+        skipped, stopped: groups that are decided at the end, and before it.
+        tokens: generated, as a share of all, where branches are stopped.
+    """
+
+    caused: int
+    mended: int
+    skipped: int
+    stopped: int
+    tokens: float
+
+
+def skip_errors(groups: Sequence[Group], gate: SkipGate) -> SkipErrors:
+    caused = mended = skipped = stopped = spent = 0
     for group in groups:
-        winner = gate.winner(evidence_of(group))
-        if winner is None:
-            continue
-        before, after = group[full_winner(group)].right, group[winner].right
-        caused += before and not after
-        mended += after and not before
-        skipped += 1
-    return caused, mended, skipped
+        at_end, (early, tokens) = gate.winner(evidence_of(group)), stop_early(group, gate)
+        before = group[full_winner(group)].right
+        after = [group[winner].right for winner in (at_end, early) if winner is not None]
+        caused += before and not all(after)
+        mended += at_end is not None and group[at_end].right and not before
+        skipped += at_end is not None
+        stopped += early is not None
+        spent += tokens
+    whole = sum(judged.tokens for group in groups for judged in group)
+    return SkipErrors(caused, mended, skipped, stopped, spent / max(whole, 1))
 
 
-def evidence_of(group: Group) -> Any:
-    return gather([j.answer for j in group], [j.confidence for j in group])
+def evidence_of(group: Group, branches: int | None = None) -> Any:
+    return gather([j.answer for j in group], [j.confidence for j in group], branches)
 
 
 def fit_chance(groups: Sequence[Group]) -> tuple[float, float, float, float]:
@@ -260,24 +297,32 @@ def calibrate_skip(
 ) -> tuple[CalibratedGate, dict[str, Any]]:
     """A skip gate: the chance's model from the one set of problems, its threshold from the other.
 
+    The threshold holds for groups that are looked at when all of their branches have finished, and
+    for groups that are looked at after each.
+
     Raises:
         TooLittleData: see :func:`fixed_sequence`.
     """
     weights = fit_chance(fit)
-    found: dict[float, tuple[int, int, int]] = {}
+    found: dict[float, SkipErrors] = {}
 
     def errors_of(chance: float) -> int:
         found[chance] = skip_errors(test, CalibratedGate(weights, chance))
-        return found[chance][0]
+        return found[chance].caused
 
     chance, tried = fixed_sequence(CHANCES, errors_of, len(test), risk, delta)
-    caused, mended, skipped = found[chance]
+    held = found[chance]
     evidence = {
         "problems": len(test),
         "fitted_on": len(fit),
-        "errors": caused,
-        "mended": mended,
-        "skipped": skipped,
-        "curve": [{"chance": c, **point, "skipped": found[c][2]} for c, point in zip(found, tried)],
+        "errors": held.caused,
+        "mended": held.mended,
+        "skipped": held.skipped,
+        "stopped": held.stopped,
+        "tokens": held.tokens,
+        "curve": [
+            {"chance": c, **point, "skipped": found[c].skipped, "tokens": found[c].tokens}
+            for c, point in zip(found, tried)
+        ],
     }
     return CalibratedGate(weights, chance), evidence

@@ -143,6 +143,13 @@ class Recorder:
             answer = extract(sample.text)
             verified = self.verify(question, sample.text, "observe")
             judged.append(
-                Judged(answer, is_right(answer), sample.confidence, verified.lens, verified.final)
+                Judged(
+                    answer,
+                    is_right(answer),
+                    sample.confidence,
+                    verified.lens,
+                    verified.final,
+                    sample.tokens,
+                )
             )
         return judged

@@ -23,7 +23,7 @@ class Evidence:
     """What is known of a group before any verification.
 
     Attributes:
-        share: of the branches, those that have the most frequent answer; 0 where there is none.
+        share: of all branches, those that have the most frequent answer; 0 where there is none.
         top, second: confidences of the most confident branch and of the runner-up.
         support: mean confidence of the branches with the most frequent answer.
         winner: the most confident branch, and of those with the most frequent answer,
@@ -38,8 +38,13 @@ class Evidence:
     leader: int | None
 
 
-def gather(answers: Sequence[Hashable | None], confidences: Sequence[float]) -> Evidence:
+def gather(
+    answers: Sequence[Hashable | None], confidences: Sequence[float], branches: int | None = None
+) -> Evidence:
     """Sum a group up; answers that are None (nothing could be extracted) count for nobody.
+
+    Args:
+        branches: of the group, where not all have finished: the others have no answer yet.
 
     Raises:
         ValueError: no branches, or not one confidence for each answer.
@@ -55,7 +60,7 @@ def gather(answers: Sequence[Hashable | None], confidences: Sequence[float]) -> 
     best = max(votes, key=lambda answer: (votes[answer], -_first(ranked, answers, answer)))
     having = [confidences[branch] for branch, answer in enumerate(answers) if answer == best]
     return Evidence(
-        share=votes[best] / len(answers),
+        share=votes[best] / (branches or len(answers)),
         top=confidences[ranked[0]],
         second=second,
         support=sum(having) / len(having),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sglang.lang.interpreter import ProgramState
@@ -31,3 +32,16 @@ def settle(state: ProgramState) -> Exception | None:
         while executor.error_ is None and executor.queue.unfinished_tasks:
             time.sleep(_POLL_SECONDS)
     return executor.error_
+
+
+def as_settled(states: Sequence[ProgramState]) -> Iterator[int]:
+    """Numbers of the states, each as soon as :func:`settle` would return for it."""
+    waiting = dict(enumerate(state.stream_executor for state in states))
+    while waiting:
+        for number, executor in list(waiting.items()):
+            running = executor.use_thread and executor.queue.unfinished_tasks
+            if executor.error_ is not None or not running:
+                del waiting[number]
+                yield number
+        if waiting:
+            time.sleep(_POLL_SECONDS)

@@ -9,6 +9,7 @@ from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglGen
 
 from rksc_sglang.lang.scoring import Question, make_question, score
+from rksc_sglang.lang.thinking import Think
 
 
 class SglVerdict(SglGen):
@@ -42,6 +43,7 @@ def gen_verdict(
     system: str | None = None,
     share: str | None = None,
     exit: str | None = None,
+    think: Think | None = None,
 ) -> SglVerdict:
     """``s += rksc.gen_verdict("ok")``: ask about the state so far, without adding to it.
 
@@ -54,10 +56,10 @@ def gen_verdict(
             answer is correct.
         labels: the possible answers, each a single token of the model in that place; None
             stands for YES and NO, or Yes and No, or yes and no, whichever are.
-        system, share, exit: as in ``rksc.verify``.
+        system, share, exit, think: as in ``rksc.verify``.
 
     Raises:
         VerifyError: a wrong argument, named. Labels that do not fit the model's tokenizer show
             when the node runs.
     """
-    return SglVerdict(name, make_question(question, labels, system, share, exit))
+    return SglVerdict(name, make_question(question, labels, system, share, exit, think))

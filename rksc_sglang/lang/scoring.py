@@ -14,6 +14,7 @@ from sglang.lang.interpreter import StreamExecutor
 from rksc_sglang.contract import EXITS, KEY, SHARES, RequestContract, VerifyContract
 from rksc_sglang.lang.executor import contract_of_executor
 from rksc_sglang.lang.server import Server, server_of
+from rksc_sglang.lang.thinking import Piece, Think, think
 
 
 class VerifyError(ValueError):
@@ -26,7 +27,8 @@ class LabelScores:
 
     ``probabilities`` are over the labels alone (they sum to 1), in the order of the labels;
     ``logprobs`` are the model's natural-log probabilities over its whole vocabulary, those of the
-    layer at which the verification stopped where it did.
+    layer at which the verification stopped where it did. A verifier that thinks has a ``thought``,
+    of ``generated_tokens``; its prompt tokens are those of all its requests.
     """
 
     labels: tuple[str, ...]
@@ -35,6 +37,8 @@ class LabelScores:
     prompt_tokens: int
     cached_tokens: int
     rksc: dict[str, Any] | None
+    thought: str | None = None
+    generated_tokens: int = 0
 
     @property
     def exit_layer(self) -> int | None:
@@ -55,7 +59,7 @@ class Question:
 
     ``system`` puts the branch's text behind a system prompt of the verifier's own; ``share`` says
     whether the KV of that text may be taken over all the same; ``exit`` when the pass may stop at a
-    middle layer.
+    middle layer; ``think`` has the verifier think first.
     """
 
     text: str | None = None
@@ -63,6 +67,7 @@ class Question:
     system: str | None = None
     share: str | None = None
     exit: str | None = None
+    think: Think | None = None
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The question's text and labels, in each form that may be tried."""
@@ -77,6 +82,7 @@ def make_question(
     system: str | None = None,
     share: str | None = None,
     exit: str | None = None,
+    think: Think | None = None,
 ) -> Question:
     """Check what a program asks, before any server sees it.
 
@@ -90,13 +96,17 @@ def make_question(
         raise VerifyError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
     if exit is not None and exit not in EXITS:
         raise VerifyError(f"exit: expected one of {', '.join(EXITS)}, got {exit!r}")
+    if think is not None and not isinstance(think, Think):
+        raise VerifyError(f"think: expected rksc.Think(...), got {think!r}")
+    if think is not None and text is not None:
+        raise VerifyError("question: a verifier that thinks is asked think.question")
     if labels is None:
-        return Question(text, None, system, share, exit)
+        return Question(text, None, system, share, exit, think)
     if isinstance(labels, str) or not all(isinstance(label, str) and label for label in labels):
         raise VerifyError(f"labels: expected a list of non-empty strings, got {labels!r}")
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise VerifyError(f"labels: expected at least two different ones, got {list(labels)}")
-    return Question(text, tuple(labels), system, share, exit)
+    return Question(text, tuple(labels), system, share, exit, think)
 
 
 def question_text(executor: StreamExecutor, question: str) -> str:
@@ -184,9 +194,13 @@ def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
     """The prompt's end, the labels and their tokens, in the first spelling that fits the model."""
     misfit: VerifyError | None = None
     for text, labels in question.spellings():
-        suffix = question_text(executor, text)
+        if question.think is None:
+            context = suffix = question_text(executor, text)
+        else:
+            suffix = question_text(executor, question.think.question)
+            context = f"\n{question.think.marker}"
         try:
-            return suffix, labels, label_tokens(server, suffix, labels)
+            return suffix, labels, label_tokens(server, context, labels)
         except VerifyError as error:
             misfit = misfit or error
     assert misfit is not None
@@ -196,7 +210,8 @@ def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
 def score(executor: StreamExecutor, question: Question) -> LabelScores:
     """Ask ``question`` behind the executor's text and read the labels' probabilities.
 
-    The executor's own text stays as it is. One forward pass over the new tokens.
+    The executor's own text stays as it is. One forward pass over the new tokens, unless the
+    verifier thinks.
 
     Raises:
         VerifyError: the labels do not fit, or the backend is no SGLang server.
@@ -208,16 +223,67 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
             f"verification needs an SGLang server, not {type(executor.backend).__name__}"
         )
     suffix, labels, tokens = _fit(executor, server, question)
-    contract = contract_of_executor(executor) or RequestContract()
-    contract = replace(
-        contract,
-        verify=VerifyContract(labels=labels, exit=question.exit),
-        share=question.share or contract.share,
+    prompt = candidate_text(executor, question.system) + suffix
+    asked = contract_of_executor(executor) or RequestContract()
+    asked = replace(asked, share=question.share or asked.share)
+    verification = replace(asked, verify=VerifyContract(labels=labels, exit=question.exit))
+
+    def read(thought: str) -> LabelScores:
+        return _read_labels(server, prompt + thought, labels, tokens, verification)
+
+    how = question.think
+    if how is None:
+        return read("")
+    pieces: list[Any] = []  # meta_info of each
+
+    def generate(thought: str, count: int) -> Piece:
+        piece = _generate(server, executor, prompt + thought, count, how, asked)
+        pieces.append(piece["meta_info"])
+        ended = piece["meta_info"]["finish_reason"]["type"] != "length"
+        return Piece(piece["text"], piece["meta_info"]["completion_tokens"], ended)
+
+    thought, generated, verdicts = think(how, generate, read)
+    return replace(
+        verdicts[-1],
+        prompt_tokens=sum(v.prompt_tokens for v in verdicts)
+        + sum(meta["prompt_tokens"] for meta in pieces),
+        cached_tokens=sum(v.cached_tokens for v in verdicts)
+        + sum(meta["cached_tokens"] for meta in pieces),
+        thought=thought,
+        generated_tokens=generated,
     )
+
+
+def _generate(
+    server: Server,
+    executor: StreamExecutor,
+    text: str,
+    count: int,
+    how: Think,
+    contract: RequestContract,
+) -> Any:
+    """Continue a thought, up to the marker or the end of the verifier's turn."""
+    params = {
+        "max_new_tokens": count,
+        "temperature": 0,
+        "stop": [how.marker, *executor.chat_template.stop_str],
+        "custom_params": {KEY: contract.to_dict()},
+    }
+    return server.post("/generate", {"text": text, "sampling_params": params})
+
+
+def _read_labels(
+    server: Server,
+    text: str,
+    labels: tuple[str, ...],
+    tokens: tuple[int, ...],
+    contract: RequestContract,
+) -> LabelScores:
+    """The labels' probabilities as the next token of a text."""
     answer = server.post(
         "/generate",
         {
-            "text": candidate_text(executor, question.system) + suffix,
+            "text": text,
             "sampling_params": {
                 "max_new_tokens": 1,
                 "temperature": 0,

@@ -14,10 +14,11 @@ from sglang.lang.tracer import TracerProgramState
 
 from rksc_sglang.cgee.skip_gate import PaperGate, SkipGate, gather
 from rksc_sglang.lang.branches import BranchGroup
-from rksc_sglang.lang.executor import settle
+from rksc_sglang.lang.executor import as_settled, settle
 from rksc_sglang.lang.node import SglVerdict
 from rksc_sglang.lang.scoring import LabelScores, Question, VerifyError, make_question, score
 from rksc_sglang.lang.server import server_of
+from rksc_sglang.lang.thinking import Think
 
 SKIPS = ("calibrated", "paper")
 
@@ -35,6 +36,8 @@ class Verdict:
             None where the branch has no log-probabilities.
         skipped: branch -> why it was not verified.
         gate: what let the whole group go unverified, None where it was verified.
+        thoughts: of verifiers that think; None where they do not, or were not asked.
+        generated_tokens: of these thoughts.
         prompt_tokens: of all verification prompts together.
         computed_tokens: of those, the ones that were not in the KV cache.
         spliced_tokens: of those, the ones whose KV was computed behind another context.
@@ -49,6 +52,8 @@ class Verdict:
     confidences: list[float | None]
     skipped: dict[int, str] = field(default_factory=dict)
     gate: str | None = None
+    thoughts: list[str | None] = field(default_factory=list)
+    generated_tokens: int = 0
     prompt_tokens: int = 0
     computed_tokens: int = 0
     spliced_tokens: int = 0
@@ -75,7 +80,8 @@ class Verdict:
             lines.append(f"  branch {branch}: {self.labels[0]} {value:.3f}{where}")
         lines.append(
             f"{self.computed_tokens} of {self.prompt_tokens} prompt tokens computed, "
-            f"{self.spliced_tokens} spliced, {1000 * self.seconds:.0f} ms"
+            f"{self.spliced_tokens} spliced, {self.generated_tokens} generated, "
+            f"{1000 * self.seconds:.0f} ms"
         )
         return "\n".join(lines)
 
@@ -89,7 +95,9 @@ def verify(
     system: str | None = None,
     share: str | None = None,
     exit: str | None = None,
+    think: Think | None = None,
     skip: str | None = None,
+    stop: bool = False,
     extract: Callable[[str], Hashable | None] = str.strip,
 ) -> Verdict:
     """Ask the model about each branch and pick a winner.
@@ -111,26 +119,31 @@ def verify(
         exit: when a verification's pass may stop at a middle layer: "off", "layer" (by the model's
             calibrated rule), "paper" (by the paper's), "observe" (never; the answer shows what the
             layers say); None leaves it to the server.
+        think: has the verifier think before its verdict; ``rksc.Think()`` is a beginning.
         skip: "calibrated" or "paper": a group whose branches are sure enough, or agree, is not
             verified at all, by the gate in the server's profile or by the paper's. Where a branch
             has no confidence, all are verified.
+        stop: the gate looks at the group each time that a branch has finished, and where these are
+            enough, those that still generate are stopped; with ``skip="calibrated"``.
         extract: what a branch's answer comes down to, for the gate; None where there is none.
 
     Raises:
         VerifyError: no branches, or labels that collide or do not fit, by name; a ``skip`` that
-            the server has no gate for.
+            the server has no gate for; a ``stop`` of states that ``rksc.fork`` has not made.
     """
     start = time.perf_counter()
-    asked_for = make_question(question, labels, system, share, exit)
+    asked_for = make_question(question, labels, system, share, exit, think)
     states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
     if not states:
         raise VerifyError("branches: expected at least one")
     if skip not in (None, *SKIPS):
         raise VerifyError(f"skip: expected one of {', '.join(SKIPS)}, got {skip!r}")
+    if stop and (skip != "calibrated" or not isinstance(branches, BranchGroup)):
+        raise VerifyError('stop: needs branches of rksc.fork, and skip="calibrated"')
     if isinstance(states[0], TracerProgramState):
         return _trace(states, var, asked_for)
     if skip is not None:
-        verdict = _skip(states, branches, var, skip, extract, start)
+        verdict = _skip(states, branches, var, skip, stop, extract, start)
         if verdict is not None:
             return verdict
 
@@ -168,6 +181,8 @@ def verify(
         verdicts=[asked[b].best if b in asked else None for b in range(len(states))],
         confidences=confidences,
         skipped={b: o for b, o in enumerate(outcomes) if isinstance(o, str)},
+        thoughts=[asked[b].thought if b in asked else None for b in range(len(states))],
+        generated_tokens=sum(o.generated_tokens for o in asked.values()),
         prompt_tokens=sum(o.prompt_tokens for o in asked.values()),
         computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
         spliced_tokens=sum((o.rksc or {}).get("spliced_tokens", 0) for o in asked.values()),
@@ -191,39 +206,68 @@ def _skip(
     branches: Any,
     var: str,
     skip: str,
+    stop: bool,
     extract: Callable[[str], Hashable | None],
     start: float,
 ) -> Verdict | None:
     """The verdict of a group that needs no verification; None where it does."""
     gate = _gate(skip, states[0])
     stopped = branches.stopped if isinstance(branches, BranchGroup) else set()
-    usable = [
-        branch
-        for branch, state in enumerate(states)
-        if branch not in stopped and settle(state) is None and var in state
-    ]
-    confidences = [_confidence(state, var) for state in states]
-    known = [confidence for b in usable if (confidence := confidences[b]) is not None]
-    if not usable or len(known) < len(usable):
+    generating = set(range(len(states))) - stopped
+    usable: list[int] = []
+    winner = None
+    for branch in as_settled(states):
+        if branch in stopped:
+            continue
+        generating.discard(branch)
+        if settle(states[branch]) is None and var in states[branch]:
+            usable.append(branch)
+        if stop or not generating:
+            total = len(usable) + len(generating)
+            winner = _decided(gate, states, var, sorted(usable), total, extract)
+        if winner is not None or not generating:
+            break
+    if winner is None:
         return None
-    place = gate.winner(gather([extract(states[branch][var]) for branch in usable], known))
-    if place is None:
-        return None
-    winner = usable[place]
+    if generating:
+        branches.stop(generating)
     if isinstance(branches, BranchGroup):
         branches.report({winner: "won"})
+    why = dict.fromkeys(range(len(states)), "the group was decided before")
     nothing: list[Any] = [None] * len(states)
     return Verdict(
         winner=winner,
         labels=(),
         scores=nothing,
         verdicts=nothing,
-        confidences=confidences,
-        skipped=dict.fromkeys(range(len(states)), "the group was decided before"),
+        confidences=[
+            None if branch in generating else _confidence(state, var)
+            for branch, state in enumerate(states)
+        ],
+        skipped=why | dict.fromkeys(generating, "stopped, the group was decided before it ended"),
         gate=f"the {skip} gate",
+        thoughts=nothing,
         exit_layers=nothing,
         seconds=time.perf_counter() - start,
     )
+
+
+def _decided(
+    gate: SkipGate,
+    states: list[ProgramState],
+    var: str,
+    finished: list[int],
+    branches: int,
+    extract: Callable[[str], Hashable | None],
+) -> int | None:
+    """The branch that wins by what the finished ones of a group say."""
+    confidences = [_confidence(states[branch], var) for branch in finished]
+    known = [confidence for confidence in confidences if confidence is not None]
+    if not finished or len(known) < len(finished):
+        return None
+    answers = [extract(states[branch][var]) for branch in finished]
+    place = gate.winner(gather(answers, known, branches))
+    return None if place is None else finished[place]
 
 
 def _confidence(state: ProgramState, var: str) -> float | None:

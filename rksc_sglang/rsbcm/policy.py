@@ -32,8 +32,8 @@ class RkscStrategy(EvictionStrategy):
         depth: weight of the node's nearness to the root, in nodes.
         cost: weight of the share of its recomputation that attention to its prefix is.
         fan_out: weight of the number of its siblings.
-        trim: tokens that a leaf loses at least, from its end, when it is evicted in parts; 0: always
-            as a whole.
+        trim: tokens that a leaf loses at least, from its end, when it is evicted in parts; 0: it
+            always goes as a whole.
     """
 
     def __init__(

@@ -30,7 +30,9 @@ def easy_groups(count):
             lead = rng.normal(3 if right else -3, 0.3)
             lens = [[lead + rng.normal(0, 0.01), 0.0] for _ in range(7)]
             answer = "8" if right else "9"
-            group.append(Judged(answer, right, rng.uniform(0.7, 0.9), lens, [lead - 5, -5.0]))
+            group.append(
+                Judged(answer, right, rng.uniform(0.7, 0.9), lens, [lead - 5, -5.0], 10 + branch)
+            )
         groups.append(group)
     return groups
 

@@ -16,9 +16,11 @@ from rksc_sglang.cgee.calibration import (
     needed_problems,
     replay,
     skip_errors,
+    stop_early,
     winners,
 )
 from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule
+from rksc_sglang.cgee.skip_gate import CalibratedGate
 
 LAYERS = 8
 RISK, DELTA = 0.02, 0.05
@@ -41,7 +43,9 @@ def make_groups(count, seed, noise=1.0, branches=8):
                 lens.append([0.25 * seen + 0.3 + 5, -0.25 * seen + 5])
             confidence = float(np.clip(0.5 + 0.3 * skill + rng.normal(0, 0.05), 0.01, 1))
             answer = "right" if right else f"wrong {rng.integers(3)}"
-            group.append(Judged(answer, right, confidence, lens, [lead / 2 - 1, -lead / 2 - 1]))
+            final = [lead / 2 - 1, -lead / 2 - 1]
+            tokens = int(rng.integers(10, 60))
+            group.append(Judged(answer, right, confidence, lens, final, tokens))
         groups.append(group)
     return groups
 
@@ -94,10 +98,26 @@ def test_more_risk_stops_earlier(data):
 def test_a_calibrated_skip_holds_its_risk_on_new_problems(data):
     fit, test, new = data
     gate, evidence = calibrate_skip(fit, test, RISK, DELTA)
-    caused, _, skipped = skip_errors(new, gate)
+    found = skip_errors(new, gate)
     assert evidence["skipped"] > 0
-    assert skipped > 0
-    assert caused <= binom.ppf(0.999, len(new), RISK)
+    assert found.stopped >= found.skipped > 0
+    assert evidence["tokens"] < 1
+    assert found.tokens < 1
+    assert found.caused <= binom.ppf(0.999, len(new), RISK)
+
+
+def test_branches_are_looked_at_as_they_finish():
+    gate = CalibratedGate((10.0, 0.0, 0.0, -5.0), 0.5)  # a share of half of the group
+    tokens = [40, 10, 30, 20]
+    group = [
+        Judged(answer, True, 0.5, [[0, 0]], [-1.0, -2.0], count)
+        for answer, count in zip("abab", tokens)
+    ]
+    winner, spent = stop_early(group, gate)
+    assert winner in (1, 3), "both have finished, and say the same"
+    assert spent == 20 + 10 + 20 + 20
+    never = CalibratedGate((10.0, 0.0, 0.0, -5.0), 0.999)
+    assert stop_early(group, never) == (None, 100)
 
 
 def test_too_few_problems_are_told_apart():
@@ -129,9 +149,9 @@ def test_a_wrong_answer_promise_is_rare():
 
 def test_the_winner_is_the_one_of_rksc_verify():
     group = [
-        Judged("a", True, 0.5, [[0, 0]], [-1.0, -2.0]),
-        Judged("b", False, 0.9, [[0, 0]], [-1.0, -2.0]),
-        Judged("c", False, 0.9, [[0, 0]], [-3.0, -1.0]),
+        Judged("a", True, 0.5, [[0, 0]], [-1.0, -2.0], 1),
+        Judged("b", False, 0.9, [[0, 0]], [-1.0, -2.0], 1),
+        Judged("c", False, 0.9, [[0, 0]], [-3.0, -1.0], 1),
     ]
     assert full_winner(group) == 1
     assert winners([group, group], np.array([[0.0, 5], [0, 5], [5, 0]] * 2)) == [2, 2]

@@ -67,7 +67,8 @@ def test_decisions_and_times_are_summarised(rows, monkeypatch):
     assert conditions["full"]["cost"] == 1
     assert conditions["all"]["cost"] < conditions["exit"]["cost"] < 1
     assert conditions["paper"]["mean_exit_layer"] == 3
-    assert summary["tokens_saved"] == pytest.approx(1 - conditions["all"]["cost"])
+    assert summary["layers_saved"] == pytest.approx(1 - conditions["all"]["cost"])
+    assert summary["tokens_saved"] == 0, "all branches are equally long"
 
 
 def test_errors_that_were_mended_are_not_netted():
