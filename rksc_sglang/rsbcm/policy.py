@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sglang.srt.mem_cache.evict_policy import EvictionStrategy
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class RkscStrategy(EvictionStrategy):
-    """Life cycle first, then how long ago a node was of use, in relation to what it is worth.
+    """Life cycle first, then the ends of texts, then what was of no use for the longest time.
 
-    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Within a rank, what was
-    used the longest ago goes first, its age divided by what it is worth: one plus the weighted
-    ingredients below.
+    A node's rank is its branch's (:mod:`rksc_sglang.rsbcm.life_cycle`). Of ordinary rank, the last
+    tokens of every text go before the rest of any: they are of use only where all in front of them
+    is, and cost little. Then what was used the longest ago goes first, its age divided by what it
+    is worth: one plus the weighted ingredients below.
 
     Args:
         life_cycle: whether branches' fates count.
@@ -34,6 +36,7 @@ class RkscStrategy(EvictionStrategy):
         fan_out: weight of the number of its siblings.
         trim: tokens that a leaf loses at least, from its end, when it is evicted in parts; 0: it
             always goes as a whole.
+        tail: tokens at the end of a text that go before the rest of others; needs ``trim``.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class RkscStrategy(EvictionStrategy):
         cost: float = 0.0,
         fan_out: float = 2.0,
         trim: int = 16,
+        tail: int = 64,
     ) -> None:
         self.uses_life_cycle, self.uses_leases = life_cycle, lease
         self.weights = {"mass": mass, "depth": depth, "cost": cost, "fan_out": fan_out}
-        self.trim = trim
+        self.trim, self.tail = trim, tail if trim else 0
+        self._cut: WeakKeyDictionary[UnifiedTreeNode, int] = WeakKeyDictionary()
         self.life_cycle: LifeCycle | None = None
         self.slot_mass: SlotMass | None = None
         self.now = 0.0
@@ -67,10 +72,26 @@ class RkscStrategy(EvictionStrategy):
             self._importance = self.slot_mass.of_nodes(leaves)
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
 
-    def split(self, head: UnifiedTreeNode, tail: UnifiedTreeNode) -> None:
-        """A node was split: its head is a node of its own."""
+    def portion(self, leaf: UnifiedTreeNode, wanted: int) -> int:
+        """How many tokens to evict of a leaf, from its end, of ``wanted`` ones."""
+        spare = self._spare(leaf)
+        return max(
+            min(wanted, spare) if spare and self._rank(leaf) == ORDINARY else wanted, self.trim
+        )
+
+    def split(self, head: UnifiedTreeNode, end: UnifiedTreeNode) -> None:
+        """A node was split: its head is a node of its own, and its end is about to go."""
+        self._cut[head] = self._cut.get(end, 0) + len(end.key)
         if self.life_cycle is not None:
-            self.life_cycle.split(head, tail)
+            self.life_cycle.split(head, end)
+
+    def _spare(self, leaf: UnifiedTreeNode) -> int:
+        """Tokens that are left of the tail that its text can spare."""
+        return max(self.tail - self._cut.get(leaf, 0), 0)
+
+    def _rank(self, node: UnifiedTreeNode) -> int:
+        cycle = self.life_cycle
+        return cycle.rank(node) if cycle is not None and self.uses_life_cycle else ORDINARY
 
     def importance(self, node: UnifiedTreeNode) -> float:
         """Attention mass per token, relative to the mean over all slots that have any."""
@@ -84,8 +105,8 @@ class RkscStrategy(EvictionStrategy):
         cycle, age = self.life_cycle, self.now - node.last_access_time
         if self.uses_leases and cycle is not None and cycle.is_leased(node):
             age = 0.0
-        rank = cycle.rank(node) if cycle is not None and self.uses_life_cycle else ORDINARY
-        return rank, -age / self._worth(node)
+        rank = self._rank(node)
+        return rank, not (rank == ORDINARY and self._spare(node)), -age / self._worth(node)
 
     def _worth(self, node: UnifiedTreeNode) -> float:
         weights, worth = self.weights, 1.0
@@ -108,7 +129,7 @@ class PaperStrategy(RkscStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(mass=1.0, trim=0)
+        super().__init__(mass=1.0, trim=0, tail=0)
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
         return (self.importance(node) / (depth_of(node) + 1),)

@@ -72,7 +72,7 @@ def create_rksc_tree_core(params: Any, components: Any) -> Any:
 
         def _keep_head(self, leaf: UnifiedTreeNode, strategy: RkscStrategy) -> None:
             """Split a leaf that is about to be evicted, so that no more of it goes than must."""
-            pages = -(-max(self.wanted, strategy.trim) // self.page_size)
+            pages = -(-strategy.portion(leaf, self.wanted) // self.page_size)
             keep = len(leaf.key) - pages * self.page_size
             if keep < strategy.trim:
                 return

@@ -85,7 +85,7 @@ def test_what_is_over_goes_first_and_what_is_leased_last(make_evicting):
 
 
 def test_a_leaf_loses_no_more_than_it_must_and_stays_whose_it_was(make_evicting):
-    cache = make_evicting("rksc", {"trim": 2})
+    cache = make_evicting("rksc", {"trim": 2, "tail": 0})
     text = list(range(20))
     insert(cache, text, "g", 0)
     assert evict(cache, 3) == 3
@@ -99,8 +99,19 @@ def test_a_leaf_loses_no_more_than_it_must_and_stays_whose_it_was(make_evicting)
     assert held(cache, text) == 0
 
 
+def test_the_ends_of_all_texts_go_before_the_rest_of_any(make_evicting):
+    cache = make_evicting("rksc", {"trim": 2, "tail": 4})
+    old, new = list(range(10)), list(range(20, 30))
+    insert(cache, old)
+    insert(cache, new)
+    assert evict(cache, 8) == 8
+    assert (held(cache, old), held(cache, new)) == (6, 6)
+    assert evict(cache, 2) == 2
+    assert (held(cache, old), held(cache, new)) == (4, 6), "held() has used them, the old one first"
+
+
 def test_whole_pages_are_trimmed(make_cache):
-    config = {"trim": 1}
+    config = {"trim": 1, "tail": 0}
     cache = make_cache(
         RkscRadixCache, 64, page_size=4, eviction_policy="rksc", eviction_policy_config=config
     )
@@ -115,8 +126,8 @@ def test_siblings_make_a_node_worth_more(cache):
     for node in (*crowd, alone):
         node.last_access_time = 5
     cache.strategy.now = 20
-    assert {cache.strategy.get_priority(node)[1] for node in crowd} == {-15 / 5}
-    assert cache.strategy.get_priority(alone)[1] == -15 / 3
+    assert {cache.strategy.get_priority(node)[2] for node in crowd} == {-15 / 5}
+    assert cache.strategy.get_priority(alone)[2] == -15 / 3
 
 
 def test_what_a_program_alone_reads_goes_when_it_ends(cache):
@@ -316,9 +327,10 @@ def nodes_of(cache):
     work=st.lists(operation, max_size=50),
     policy=st.sampled_from(["rksc", "rksc-paper"]),
     trim=st.sampled_from([0, 1, 3]),
+    tail=st.sampled_from([0, 4]),
 )
-def test_the_tree_stays_whole_and_evicts_what_it_should(make_evicting, work, policy, trim):
-    config = {"lease": True, "trim": trim} if policy == "rksc" else None
+def test_the_tree_stays_whole_and_evicts_what_it_should(make_evicting, work, policy, trim, tail):
+    config = {"lease": True, "trim": trim, "tail": tail} if policy == "rksc" else None
     cache = make_evicting(policy, config)
     allocator = cache.token_to_kv_pool_allocator
     ends, locks = [], []
