@@ -138,13 +138,14 @@ def check_scheduler(scheduler: Any) -> None:
     Raises:
         CompatError: naming the part that SGLang built by other means.
     """
-    from rksc_sglang.serving.internal import InternalState, make_internal_req
+    from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
     from rksc_sglang.serving.radix_cache import RkscRadixCache
     from rksc_sglang.serving.scheduler import RkscOutputStreamer
 
     if not isinstance(scheduler.output_streamer, RkscOutputStreamer):
         raise CompatError("SGLang did not use get_output_streamer_class of the scheduler")
-    probe = make_internal_req("probe", [0], InternalState("probe"), vocab_size=1)
+    model = ModelFacts(1, None)
+    probe = make_internal_req("probe", [0], InternalState("probe"), model=model)
     if not hasattr(probe, "discard_output_reason"):
         raise CompatError("SGLang moved Req.discard_output_reason: it is gone")
     wants_cache = scheduler.tree_cache.supports_prefix_sharing()

@@ -22,7 +22,7 @@ import torch
 
 from rksc_sglang.asks.harm import HarmMonitor
 from rksc_sglang.serving.doubt import Doubt
-from rksc_sglang.serving.internal import InternalState, make_internal_req
+from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -87,7 +87,7 @@ class Guard:
     Args:
         share: of the spliced requests that are shadowed, 0 to 1.
         limits: beyond which sharing ends.
-        vocab_size: of the model.
+        model: whose requests these are.
         submit: puts a request of our own into the waiting queue.
         doubt: discards the answers of some of them.
         count: called with a counter's name.
@@ -97,14 +97,14 @@ class Guard:
         self,
         share: float,
         limits: Limits,
-        vocab_size: int,
+        model: ModelFacts,
         submit: Callable[[Req], None],
         doubt: Doubt,
         count: Callable[[str], None],
     ) -> None:
         self.share = share
         self.limits = limits
-        self.vocab_size = vocab_size
+        self.model = model
         self.submit = submit
         self.doubt = doubt
         self.count = count
@@ -140,7 +140,7 @@ class Guard:
             f"rksc-shadow-{req.rid}",
             req.origin_input_ids,
             Shadow("shadow", namespace=namespace, served=served),
-            vocab_size=self.vocab_size,
+            model=self.model,
             extra_key=req.extra_key,
             cache_salt=req.cache_salt,
             priority=req.priority,

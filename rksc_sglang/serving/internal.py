@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -27,6 +27,17 @@ class InternalState:
     parent: SpliceState | None = None
 
 
+class ModelFacts(NamedTuple):
+    """What each request of SGLang's knows of its model.
+
+    Attributes:
+        tokenizer: for its stop tokens; requests that share a batch ask for each other's.
+    """
+
+    vocab_size: int
+    tokenizer: Any
+
+
 def is_internal(req: Req) -> bool:
     return isinstance(getattr(req, "rksc", None), InternalState)
 
@@ -36,7 +47,7 @@ def make_internal_req(
     tokens: Sequence[int],
     state: InternalState,
     *,
-    vocab_size: int,
+    model: ModelFacts,
     extra_key: str | None = None,
     cache_salt: str | None = None,
     priority: int | None = None,
@@ -53,11 +64,12 @@ def make_internal_req(
         "",
         array("q", tokens),
         params,
-        vocab_size=vocab_size,
+        vocab_size=model.vocab_size,
         extra_key=extra_key,
         cache_salt=cache_salt,
         priority=priority,
     )
     req.rksc = state
+    req.tokenizer = model.tokenizer
     req.time_stats.set_wait_queue_entry_time()
     return req

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rksc_sglang.serving.internal import InternalState, make_internal_req
+from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -19,7 +19,7 @@ class CostProbe:
     """Drives the prefills from the scheduler's idle hook, and fits the cost model.
 
     Args:
-        vocab_size: of the model.
+        model: whose requests these are.
         longest: a prefill of more tokens does not fit the server.
         submit: puts a request of our own into the waiting queue.
         done: called once, with a short and a long prefill, each as (tokens, seconds).
@@ -27,12 +27,12 @@ class CostProbe:
 
     def __init__(
         self,
-        vocab_size: int,
+        model: ModelFacts,
         longest: int,
         submit: Callable[[Req], None],
         done: Callable[[tuple[int, float], tuple[int, float]], None],
     ) -> None:
-        self.vocab_size = vocab_size
+        self.model = model
         self.submit = submit
         self.done = done
         long = min(LONG, longest)
@@ -64,12 +64,12 @@ class CostProbe:
 
     def _run(self, tokens: int) -> None:
         # Not one token again and again: attention to equal keys could be a special case.
-        prompt = [(7 * i * i + 11 * i + 3) % self.vocab_size for i in range(tokens)]
+        prompt = [(7 * i * i + 11 * i + 3) % self.model.vocab_size for i in range(tokens)]
         self._running = make_internal_req(
             f"rksc-probe-{tokens}-{len(self._left)}",
             prompt,
             InternalState("probe"),
-            vocab_size=self.vocab_size,
+            model=self.model,
             cache_salt="rksc-probe",
         )
         self._running.skip_radix_cache_insert = True

@@ -211,7 +211,7 @@ class RkscScheduler(stock.Scheduler):
             splicer.cost = CostModel.fit(short, long, splicer.copy_seconds)
             self.rksc_probe = None
 
-        config, vocab_size = self.rksc_config, self.model_config.vocab_size
+        config, model = self.rksc_config, splicer.model
         limits = Limits(config.guard_max_disagreement, config.guard_max_kl)
 
         def submit(req: Req) -> None:
@@ -219,14 +219,14 @@ class RkscScheduler(stock.Scheduler):
 
         count = self.rksc_counters.add
         doubt = Doubt(splicer.thresholds.margin, count)
-        guard = Guard(config.guard_share, limits, vocab_size, submit, doubt, count)
+        guard = Guard(config.guard_share, limits, model, submit, doubt, count)
         self.rksc_first_logits = FirstLogits(
             self.tp_worker.model_runner.model,
             (doubt.on_first_logits, guard.on_first_logits),
             self._count_error,
         )
         longest = min(self.max_req_input_len - 1, self.max_total_num_tokens // 4)
-        self.rksc_probe = CostProbe(vocab_size, longest, submit, fit_cost)
+        self.rksc_probe = CostProbe(model, longest, submit, fit_cost)
         self.rksc_doubt, self.rksc_guard = doubt, guard
         splicer.guard, splicer.doubt = guard, doubt
 

@@ -18,6 +18,7 @@ from rksc_sglang.asks.signature import Signatures, UnsupportedModel
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
 from rksc_sglang.serving.features import Unsupported, refuse_beside
+from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import SplicingRadixCache
 
@@ -77,8 +78,8 @@ def build_splicer(
         limits = thresholds(config, Path(scheduler.model_config.model_path))
     except ProfileError as error:
         raise Unsupported(str(error)) from error
-    vocab_size = scheduler.model_config.vocab_size
-    splicer = Splicer(cache, signatures, planner, limits, vocab_size, count)
+    model = ModelFacts(scheduler.model_config.vocab_size, scheduler.tokenizer)
+    splicer = Splicer(cache, signatures, planner, limits, model, count)
     splicer.copy_seconds = _measure_copy(cache, copy)
     return splicer
 

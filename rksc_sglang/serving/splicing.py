@@ -23,7 +23,7 @@ from rksc_sglang.asks.content_index import Run
 from rksc_sglang.asks.overlap import Windows
 from rksc_sglang.asks.plan import Planner, Take
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder
-from rksc_sglang.serving.internal import InternalState, is_internal, make_internal_req
+from rksc_sglang.serving.internal import InternalState, ModelFacts, is_internal, make_internal_req
 from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Splicer:
         signatures: of all its slots.
         planner: the shipped settings.
         thresholds: where a request does not say.
-        vocab_size: of the model.
+        model: whose requests these are.
         count: called with a counter's name.
     """
 
@@ -108,14 +108,14 @@ class Splicer:
         signatures: Signatures,
         planner: Planner,
         thresholds: Thresholds,
-        vocab_size: int,
+        model: ModelFacts,
         count: Callable[[str], None],
     ) -> None:
         self.cache = cache
         self.signatures = signatures
         self.planner = planner
         self.thresholds = thresholds
-        self.vocab_size = vocab_size
+        self.model = model
         self.count = count
         self._windows: WeakKeyDictionary[Req, Windows] = WeakKeyDictionary()
         self.copy_seconds = 0.0  # to take over the KV of one token
@@ -285,7 +285,7 @@ class Splicer:
             f"{req.rid}-rksc-{state.stages}",
             req.full_untruncated_fill_ids[:stop],
             InternalState("stage", state),
-            vocab_size=self.vocab_size,
+            model=self.model,
             extra_key=req.extra_key,
             cache_salt=req.cache_salt,
             priority=req.priority,
@@ -317,7 +317,7 @@ class Splicer:
         cache = self.cache
         return {
             **asdict(self.thresholds),
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.model.vocab_size,
             "head": self.planner.head,
             "tail": self.planner.tail,
             "min_tokens": self.planner.min_tokens,

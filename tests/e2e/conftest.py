@@ -75,7 +75,7 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     labels = tuple(tokenizer.convert_tokens_to_ids(label) for label in ("Yes", "No"))
     rule = CalibratedRule((15,), (1.0,), ((0.5, -0.5),), (0.0,), (0.0,))
     update_profile(profile, ExitProfile(model, labels, rule, 0.01, 0.05, {}))
-    gate = CalibratedGate((10.0, 0.0, 0.0, -9.0), 0.5)  # a share of more than 0.9
+    gate = CalibratedGate((10.0, 0.0, 0.0, -7.0), 0.5)  # a share of more than 0.7
     update_profile(profile, SkipProfile(model, gate, 0.01, 0.05, {}))
     flags = ["--rksc-profile", str(profile)]
     flags += ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]

@@ -142,3 +142,73 @@ def test_a_group_that_agrees_is_not_verified(splicing):
 def test_recording_needs_the_verdicts_as_single_tokens(splicing):
     with pytest.raises(RecordError, match="'YES' is not a single token"):
         Recorder(splicing)
+
+
+@sgl.function
+def fork_with_a_loser(s):
+    s += sgl.system("You answer questions in a few words.")
+    s += sgl.user("What is the capital of France?")
+    branches = rksc.fork(s, 4)
+    tokens = [8, 8, 300, 8]
+    branches += lambda i: sgl.assistant(
+        sgl.gen("answer", max_tokens=tokens[i], min_tokens=tokens[i], temperature=0)
+    )
+    verdict = rksc.verify(
+        branches, "answer", skip="calibrated", stop=True, extract=lambda text: text[:10]
+    )
+    reason = branches[2].get_meta_info("answer")["finish_reason"]["type"]
+    return verdict, branches.stopped, reason
+
+
+def test_who_cannot_change_a_decided_group_is_stopped(splicing):
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    verdict, stopped, reason = fork_with_a_loser.run(backend=backend).ret_value
+    assert verdict.gate == "the calibrated gate"
+    assert verdict.winner in (0, 1, 3)
+    assert stopped == {2}
+    assert reason == "abort"
+    assert verdict.skipped[2].startswith("stopped")
+    assert verdict.confidences[2] is None
+
+
+def test_only_branches_of_a_calibrated_group_can_be_stopped(splicing):
+    @sgl.function
+    def program(s, skip):
+        s += "One, two,"
+        branches = rksc.fork(s, 2)
+        branches += sgl.gen("x", max_tokens=2)
+        return rksc.verify(
+            branches if skip == "paper" else branches.states, "x", skip=skip, stop=True
+        )
+
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    for skip in ("paper", "calibrated"):
+        with pytest.raises(rksc.VerifyError, match="stop: needs branches"):
+            program.run(skip, backend=backend)
+
+
+@sgl.function
+def think_and_verify(s, think):
+    s += sgl.user("What is the capital of France?")
+    branches = rksc.fork(s, 2)
+    branches += sgl.assistant(sgl.gen("answer", max_tokens=8, temperature=0))
+    s += rksc.gen_verdict("sure", think=think)
+    verdict = rksc.verify(branches, "answer", think=think)
+    return verdict, s.get_meta_info("sure")
+
+
+def test_a_verifier_thinks_until_its_verdict_is_stable(splicing):
+    backend = sgl.RuntimeEndpoint(splicing, chat_template_name="chatml")
+    common = {"max_tokens": 24, "every": 8, "marker": "Verdict, Yes or No:"}
+    whole, node = think_and_verify.run(rksc.Think(sure=2.0, **common), backend=backend).ret_value
+    early, _ = think_and_verify.run(rksc.Think(sure=0.5, **common), backend=backend).ret_value
+    assert whole.labels == ("Yes", "No")
+    assert all(0 < score < 1 for score in [*whole.scores, *early.scores])
+    for some, all_of_it in zip(early.thoughts, whole.thoughts):
+        assert some
+        assert all_of_it.startswith(some)
+    assert early.generated_tokens <= whole.generated_tokens <= 2 * 24
+    assert f"{whole.generated_tokens} generated" in whole.explain()
+    assert node["thought"]
+    assert 0 < node["generated_tokens"] <= 24
+    assert whole.computed_tokens < whole.prompt_tokens / 2, "each piece continues those before"

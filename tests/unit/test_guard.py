@@ -12,10 +12,12 @@ from rksc_sglang.serving import guard as guard_module
 from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
+from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.probe import LONG, SHORT, CostProbe
 from rksc_sglang.serving.splicing import SpliceState
 
 VOCABULARY = 50
+MODEL = ModelFacts(VOCABULARY, None)
 EXTEND = SimpleNamespace(is_extend=lambda: True)
 
 
@@ -33,7 +35,7 @@ def server(make_req, monkeypatch):
     model = nn.Module()
     model.logits_processor = LogitsProcessor()
     doubt = Doubt(0.2, counts.append)
-    guard = Guard(1.0, Limits(0.05, 0.05), VOCABULARY, submitted.append, doubt, counts.append)
+    guard = Guard(1.0, Limits(0.05, 0.05), MODEL, submitted.append, doubt, counts.append)
     listeners = [doubt.on_first_logits, guard.on_first_logits]
     logits = FirstLogits(model, listeners, counts.append)
 
@@ -134,7 +136,7 @@ def test_what_is_equal_never_ends_it(server):
 
 def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(make_req):
     submitted, fitted = [], []
-    probe = CostProbe(VOCABULARY, 4096, submitted.append, lambda *points: fitted.append(points))
+    probe = CostProbe(MODEL, 4096, submitted.append, lambda *points: fitted.append(points))
     passes = 10
     probe.on_idle(passes)
     passes += 2  # somebody else's request ran too: this one does not count

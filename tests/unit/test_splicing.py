@@ -17,7 +17,7 @@ from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import Thresholds
 from rksc_sglang.asks.root_first import make_adder_class
-from rksc_sglang.serving.internal import is_internal
+from rksc_sglang.serving.internal import ModelFacts, is_internal
 from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
 from rksc_sglang.serving.splicing_cache import SplicingRadixCache
 
@@ -47,7 +47,7 @@ class Scheduler:
             signatures,
             planner,
             Thresholds(0.5, 0.0, "test", "test"),
-            100,
+            ModelFacts(100, None),
             self.counts.append,
         )
         self.adder_class = make_adder_class(
