@@ -157,6 +157,31 @@ def _gap_closed(cells: Sequence[dict[str, Row]], policy: str) -> dict[str, float
     }
 
 
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Hit rates by size of the pool, a picture a trace, where matplotlib is installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print('no picture: install the extra "bench" for matplotlib')
+        return
+    rates: dict[str, dict[str, dict[float, float]]] = {}
+    for row in rows:
+        trace, size = row["workload"].split("/")
+        rates.setdefault(trace, {}).setdefault(row["condition"], {})[float(size)] = row["hit_rate"]
+    figure, axes = pyplot.subplots(
+        1, len(rates), figsize=(3.2 * len(rates), 3.2), layout="constrained", squeeze=False
+    )
+    for axis, (trace, policies) in zip(axes[0], sorted(rates.items())):
+        for policy in ("lru", "tlru-256", "rksc-paper", OURS.name, CLAIRVOYANT):
+            sizes, values = zip(*sorted(policies[policy].items()))
+            names = [f"{size:g}" for size in sizes]
+            axis.plot(names, values, "o-", label=policy, markersize=3)
+        axis.set(title=trace, xlabel="size of the pool")
+    axes[0][0].set_ylabel("token hit rate")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def _served(rows: Sequence[Row]) -> dict[str, Any]:
     from benchmarks.eviction_server import summarise_served
 
@@ -188,6 +213,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     traces = [path.name for path in paths]
     harness.report(harness.make_result("benchmarks.eviction", args, rows, traces=traces), args.json)
+    if args.json:
+        plot(rows, args.json.with_suffix(".png"))
 
 
 def prepare_sglang() -> None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rksc_sglang.config import RkscConfig
     from rksc_sglang.lang import (
         BranchGroup,
+        Merge,
+        MergeError,
+        MergeRule,
         Think,
         Verdict,
         VerifyError,
@@ -26,6 +29,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "RkscConfig": "rksc_sglang.config",
     "BranchGroup": "rksc_sglang.lang",
+    "Merge": "rksc_sglang.lang",
+    "MergeError": "rksc_sglang.lang",
+    "MergeRule": "rksc_sglang.lang",
     "Think": "rksc_sglang.lang",
     "Verdict": "rksc_sglang.lang",
     "VerifyError": "rksc_sglang.lang",
@@ -35,6 +41,9 @@ _HOMES = {
 }
 __all__ = [
     "BranchGroup",
+    "Merge",
+    "MergeError",
+    "MergeRule",
     "RkscConfig",
     "Think",
     "Verdict",

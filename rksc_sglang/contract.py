@@ -77,6 +77,7 @@ class RequestContract:
     depth: int | None = None
     share: str | None = None  # None: the server's default
     tau: float | None = None
+    signature: bool | None = None
     verify: VerifyContract | None = None
 
     @classmethod
@@ -103,6 +104,8 @@ class RequestContract:
             not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 <= tau <= 1
         ):
             raise _fail(".tau", "a number from 0 to 1", tau)
+        if "signature" in given and not isinstance(given["signature"], bool):
+            raise _fail(".signature", "true or false", given["signature"])
         if "verify" in given:
             given["verify"] = VerifyContract.parse(given["verify"])
         return cls(**given)
@@ -141,7 +144,8 @@ class ResponseInfo:
     ``spliced_tokens`` from the same run of tokens behind another context,
     ``recomputed_tokens`` went through the model. Where a verification stopped at ``exit_layer``,
     ``label_scores`` estimate the last layer's logits up to a constant. With ``exit: "observe"``,
-    ``lens`` are the label logits behind each layer but the last.
+    ``lens`` are the label logits behind each layer but the last. ``signature`` is that of the
+    prompt's last token, where it was asked for (:mod:`rksc_sglang.asks.signature`).
     """
 
     share: str = "exact"
@@ -153,10 +157,12 @@ class ResponseInfo:
     num_layers: int | None = None
     label_scores: list[float] | None = None
     lens: list[list[float]] | None = None
+    signature: list[float] | None = None
     merged_into: int | None = None
     fallback: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with what only a verification has where there is any."""
+        """The JSON form, with what only some requests ask for where there is any."""
         raw = dataclasses.asdict(self)
-        return {k: v for k, v in raw.items() if v is not None or k not in ("label_scores", "lens")}
+        rare = ("label_scores", "lens", "signature")
+        return {k: v for k, v in raw.items() if v is not None or k not in rare}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
-from rksc_sglang.contract import SHARES, RequestContract
+from rksc_sglang.contract import KEY, SHARES, RequestContract
 from rksc_sglang.lang.executor import contract_of_executor, settle
+from rksc_sglang.lang.merging import Merge, MergeRule, find_merges
 from rksc_sglang.lang.sampling import BranchSamplingParams
 from rksc_sglang.lang.server import server_of
 
@@ -18,17 +20,30 @@ from rksc_sglang.lang.server import server_of
 class BranchGroup(ProgramStateGroup):
     """Sibling branches: SGLang's state group, iterable, with an identity on the server.
 
-    ``group`` is the id that travels in the request contract, ``depth`` counts nested forks
-    from 0, ``ids`` are ``(group, branch)`` pairs, ``stopped`` the branches stopped so far.
+    Attributes:
+        group: the id that travels in the request contract; ``ids`` are ``(group, branch)`` pairs.
+        depth: counts nested forks from 0.
+        stopped: the branches stopped so far.
+        merged: the branches merged so far, which are stopped too.
+        weights: of each branch, the votes that it has: its own, and those of branches merged into
+            it.
     """
 
     def __init__(
-        self, states: list[ProgramState], source: ProgramState, group: str, depth: int
+        self,
+        states: list[ProgramState],
+        source: ProgramState,
+        group: str,
+        depth: int,
+        merge: MergeRule | None = None,
     ) -> None:
         super().__init__(states, source)
         self.group = group
         self.depth = depth
         self.stopped: set[int] = set()
+        self.merged: list[Merge] = []
+        self.weights = [1] * len(states)
+        self._rule = merge or MergeRule()
 
     def __len__(self) -> int:
         return len(self.states)
@@ -37,8 +52,18 @@ class BranchGroup(ProgramStateGroup):
         return iter(self.states)
 
     def __iadd__(self, other: Any) -> BranchGroup:
-        """Append to each branch: one expression or text for all, a list, or a function of i."""
-        return super().__iadd__([other] * len(self) if isinstance(other, str) else other)
+        """Append to each branch: one expression or text for all, a list, or a function of i.
+
+        Branches that were merged into others get nothing more.
+        """
+        away = {merge.branch for merge in self.merged}
+        if not away:
+            return super().__iadd__([other] * len(self) if isinstance(other, str) else other)
+        for branch, state in enumerate(self.states):
+            if branch not in away:
+                one = other(branch) if callable(other) else other
+                state += one[branch] if isinstance(one, list | tuple) else one
+        return self
 
     @property
     def ids(self) -> list[tuple[str, int]]:
@@ -63,6 +88,50 @@ class BranchGroup(ProgramStateGroup):
         self.stopped |= chosen
         left = dict.fromkeys(set(range(len(self))) - self.stopped, "frontier")
         return self.report({**dict.fromkeys(sorted(chosen), "pruned"), **left})
+
+    def merge(self, var: str, rule: MergeRule | None = None) -> list[Merge]:
+        """Go on once from branches that thought the same: the duplicates are stopped.
+
+        Waits for what was appended so far. Each duplicate's votes go to the branch that it is
+        merged into, whose text and KV stay its own; ``get_meta_info(var)`` of a duplicate says so
+        under ``rksc``.
+
+        Args:
+            var: the variable with the thoughts so far.
+            rule: when two are the same; by default the group's own, of ``rksc.fork(merge=...)``.
+
+        Returns:
+            Who was merged into whom.
+
+        Raises:
+            MergeError: the server cannot tell.
+        """
+        if isinstance(self.src_state, TracerProgramState):
+            return []
+        found = find_merges(self, var, rule or self._rule)
+        for merge in found:
+            self.weights[merge.into] += self.weights[merge.branch]
+            self.weights[merge.branch] = 0
+            meta = self.states[merge.branch].stream_executor.meta_info.setdefault(var, {})
+            meta[KEY] = {**(meta.get(KEY) or {}), "merged_into": merge.into}
+        self.merged += found
+        if found:
+            self.stop(merge.branch for merge in found)
+        return found
+
+    def votes(self, answers: Callable[[ProgramState], Hashable | None]) -> Counter[Hashable]:
+        """How many votes each answer has; branches that were merged vote with those they are part
+        of.
+
+        Args:
+            answers: of a branch's state; None: it votes for nobody.
+        """
+        counted: Counter[Hashable] = Counter()
+        for branch, state in enumerate(self.states):
+            answer = answers(state) if branch not in self.stopped else None
+            if answer is not None:
+                counted[answer] += self.weights[branch]
+        return counted
 
     def join(self, mode: str = "gather_variable") -> None:
         """As in SGLang: wait for all branches, gather their variables into the source state.
@@ -103,6 +172,7 @@ def fork(
     hints: Sequence[Any] | None = None,
     share: str | None = None,
     confidence: bool = True,
+    merge: MergeRule | None = None,
 ) -> BranchGroup:
     """Fork a program state into ``n`` branches over its shared prefix.
 
@@ -116,6 +186,7 @@ def fork(
             prefixes; None leaves it to the server.
         confidence: have the server return the top probability of each generated token, which
             ``rksc.verify`` reports and uses to break ties.
+        merge: when ``group.merge(var)`` takes two branches for the same.
 
     Raises:
         ValueError: a wrong argument, named.
@@ -150,7 +221,7 @@ def fork(
                 ),
                 confidence=confidence,
             )
-    branches = BranchGroup(states, s, group, depth)
+    branches = BranchGroup(states, s, group, depth, merge)
     if hints is not None:
         branches += list(hints)
     return branches

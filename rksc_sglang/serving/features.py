@@ -88,7 +88,7 @@ def fallback_reason(contract: RequestContract, features: tuple[Feature, ...]) ->
     """Why this request is served exactly although it asked for an approximation, or None."""
     by_name = {feature.name: feature for feature in features}
     wanted = []
-    if contract.share == "similar":
+    if contract.share == "similar" or contract.signature:  # who splices keeps signatures
         wanted.append(by_name["splice"])
     if contract.verify is not None and contract.verify.exit not in (None, "off"):
         wanted.append(by_name["layer_exit"])

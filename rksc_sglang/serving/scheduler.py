@@ -58,6 +58,7 @@ class RequestState:
         self.splice = splice
         self.exit = exit_
         self.received = received  # of a splice: what it is made from again if it is discarded
+        self.signature: list[float] | None = None
         self.held = False
 
     def response_info(self, req: Req) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class RequestState:
             num_layers=self.num_layers,
             label_scores=exit_.scores if exit_ else None,
             lens=exit_.lens if exit_ and observed else None,
+            signature=self.signature,
             fallback=self.fallback or (self.splice.reason if self.splice else None),
         ).to_dict()
 
@@ -220,9 +222,17 @@ class RkscScheduler(stock.Scheduler):
         count = self.rksc_counters.add
         doubt = Doubt(splicer.thresholds.margin, count)
         guard = Guard(config.guard_share, limits, model, submit, doubt, count)
+
+        def show_signature(req: Req, logits: Any) -> None:
+            state = state_of(req)
+            if state is not None and state.contract is not None and state.contract.signature:
+                last = len(req.full_untruncated_fill_ids) - 1
+                slot = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, last]
+                state.signature = splicer.signatures.rows[slot.long()].float().tolist()
+
         self.rksc_first_logits = FirstLogits(
             self.tp_worker.model_runner.model,
-            (doubt.on_first_logits, guard.on_first_logits),
+            (doubt.on_first_logits, guard.on_first_logits, show_signature),
             self._count_error,
         )
         longest = min(self.max_req_input_len - 1, self.max_total_num_tokens // 4)

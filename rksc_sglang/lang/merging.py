@@ -1,0 +1,129 @@
+"""``group.merge``: branches that thought the same thing are continued once.
+
+What is merged goes on from one branch's own text and KV; no branch reads another's. The votes of
+the duplicates are added to the branch that goes on, and the duplicates are stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sglang.lang.interpreter import ProgramState
+
+from rksc_sglang.asks.alike import SIGNALS, Thought, duplicates
+from rksc_sglang.contract import KEY, RequestContract
+from rksc_sglang.lang.executor import contract_of_executor, settle
+from rksc_sglang.lang.server import server_of
+
+if TYPE_CHECKING:
+    from rksc_sglang.lang.branches import BranchGroup
+
+#: Next tokens that are compared.
+FOLLOWING = 20
+#: Signals that ask the server for one token of each branch.
+PROBED = ("next", "sigma")
+
+
+class MergeError(ValueError):
+    """Branches cannot be merged as asked."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One branch that was merged into another.
+
+    Attributes:
+        branch, into: numbers in the group.
+        at: the variable behind which they were compared.
+        by: the signal, and how similar the two were by it.
+    """
+
+    branch: int
+    into: int
+    at: str
+    by: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class MergeRule:
+    """When two partial thoughts are the same.
+
+    Attributes:
+        by: a signal of :data:`rksc_sglang.asks.alike.SIGNALS`.
+        threshold: least value of it; None: 1, which is for ``state`` alone.
+        extract: what a thought comes down to, for ``state``; its last line where it is None.
+    """
+
+    by: str = "state"
+    threshold: float | None = None
+    extract: Callable[[str], Hashable | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.by not in SIGNALS:
+            raise MergeError(f"by: expected one of {', '.join(SIGNALS)}, got {self.by!r}")
+        if self.threshold is None and self.by != "state":
+            raise MergeError(f"threshold: is needed with by={self.by!r}")
+
+
+def last_line(text: str) -> str | None:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
+    """Which of the branches that still go on are the same as others, behind ``var``.
+
+    Raises:
+        MergeError: the server cannot tell, with the reason.
+    """
+
+    def thought_of(branch: int) -> Thought | None:
+        state = group.states[branch]
+        if branch in group.stopped or settle(state) is not None or var not in state:
+            return None
+        text = state[var]
+        thought = Thought(text, (rule.extract or last_line)(text))
+        return _probe(state, thought, rule) if rule.by in PROBED else thought
+
+    with ThreadPoolExecutor(len(group)) as pool:
+        thoughts = list(pool.map(thought_of, range(len(group))))
+    threshold = 1.0 if rule.threshold is None else rule.threshold
+    return [
+        Merge(found.place, found.of, var, rule.by, found.similarity)
+        for found in duplicates(thoughts, rule.by, threshold)
+    ]
+
+
+def _probe(state: ProgramState, thought: Thought, rule: MergeRule) -> Thought:
+    """What would come next, and the signature of the last token: one token behind the branch's
+    cached KV."""
+    executor = state.stream_executor
+    server = server_of(executor.backend)
+    if server is None:
+        raise MergeError(f"by={rule.by!r} needs an SGLang server")
+    contract = contract_of_executor(executor) or RequestContract()
+    contract = replace(contract, signature=rule.by == "sigma" or None)
+    meta = server.post(
+        "/generate",
+        {
+            "text": executor.text_,
+            "sampling_params": {
+                "max_new_tokens": 1,
+                "temperature": 0,
+                "custom_params": {KEY: contract.to_dict()},
+            },
+            "return_logprob": True,
+            "top_logprobs_num": FOLLOWING,
+        },
+    )["meta_info"]
+    following = {token: math.exp(value) for value, token, _ in meta["output_top_logprobs"][0]}
+    info: dict[str, Any] = meta.get(KEY) or {}
+    signature = info.get("signature")
+    if rule.by == "sigma" and not signature:
+        raise MergeError(f"by='sigma': {info.get('fallback') or 'this server has no signatures'}")
+    return replace(thought, following=following, signature=signature or ())
