@@ -1,4 +1,4 @@
-"""Ends program states that are garbage, from a thread of its own.
+"""Ends program states that are garbage, from threads of its own.
 
 SGLang ends a state in its finalizer, which takes locks: its queue's and those of ``threading``. The
 garbage collector runs finalizers in whatever thread it is called in, also in one that holds such a
@@ -7,6 +7,7 @@ lock, for instance because it is starting another thread, and that thread then w
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import warnings
@@ -23,13 +24,20 @@ def end_later(executor: Any) -> None:
 
 
 def start() -> None:
-    """Start the thread, in this process and in those that are forked from it."""
-    _start_thread()
-    os.register_at_fork(after_in_child=_start_thread)
+    """Start the threads, in this process and in those that are forked from it."""
+    _start_threads()
+    os.register_at_fork(after_in_child=_start_threads)
 
 
-def _start_thread() -> None:
-    threading.Thread(target=_end_garbage, name="rksc-endings", daemon=True).start()
+def _start_threads() -> None:
+    for work in (_end_garbage, _collect_at_exit):
+        threading.Thread(target=work, name="rksc-endings", daemon=True).start()
+
+
+def _collect_at_exit() -> None:
+    """Python waits for the threads of all states before it exits, and collects no garbage."""
+    threading.main_thread().join()
+    gc.collect()
 
 
 def _end_garbage() -> None:

@@ -192,7 +192,7 @@ def _look_up(server: Any, context: str, labels: tuple[str, ...]) -> tuple[int, .
 
 def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
     """The prompt's end, the labels and their tokens, in the first spelling that fits the model."""
-    misfit: VerifyError | None = None
+    misfit = ""
     for text, labels in question.spellings():
         if question.think is None:
             context = suffix = question_text(executor, text)
@@ -202,9 +202,8 @@ def _fit(executor: StreamExecutor, server: Server, question: Question) -> Any:
         try:
             return suffix, labels, label_tokens(server, context, labels)
         except VerifyError as error:
-            misfit = misfit or error
-    assert misfit is not None
-    raise misfit
+            misfit = misfit or str(error)  # the error itself would keep all callers' frames
+    raise VerifyError(misfit)
 
 
 def score(executor: StreamExecutor, question: Question) -> LabelScores:

@@ -1,7 +1,10 @@
 """The frontend without a server: arguments, texts, tracing. With one: tests/e2e."""
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import sglang as sgl
@@ -73,6 +76,18 @@ def test_the_garbage_collector_never_waits_for_a_lock(state):
         assert not collector.is_alive()
     executor.worker.join(60)
     assert not executor.worker.is_alive()
+
+
+def test_states_that_are_garbage_do_not_keep_a_process_from_its_exit():
+    code = (
+        "from tests.unit.test_lang import *\n"
+        "executor = StreamExecutor(Canned(), {}, SglSamplingParams(), None, stream=False)\n"
+        "state = ProgramState(executor)\n"
+        "state.itself = state\n"
+        "del state, executor\n"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=300).returncode == 0
 
 
 def test_hints_go_one_to_a_branch(state):
