@@ -68,7 +68,7 @@ def measure(path: Path, limit: int | None, progress: Progress) -> Iterator[Row]:
     Raises:
         BenchmarkError: a policy recomputed less than the clairvoyant one.
     """
-    events = read_trace(path, limit)
+    events, unit = read_trace(path, limit)
     name = path.name.partition(".")[0]
     policies = (*STOCK, OURS, *VARIANTS)
     bar = progress.add_task(name, total=len(SIZES) * len(policies))
@@ -78,7 +78,7 @@ def measure(path: Path, limit: int | None, progress: Progress) -> Iterator[Row]:
         bound = clairvoyant(events, capacity)
         outcomes = {CLAIRVOYANT: bound}
         for policy in policies:
-            outcomes[policy.name] = replay(events, capacity, policy)
+            outcomes[policy.name] = replay(events, capacity, policy, unit)
             progress.advance(bar)
         for policy_name, outcome in outcomes.items():
             if outcome.recomputed_tokens < bound.recomputed_tokens:

@@ -26,6 +26,10 @@ from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, read_events
 from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
 
+#: Tokens of a block of the public traces.
+BLOCK = 512
+
+
 class Policy(NamedTuple):
     """An eviction policy as SGLang's flags name it.
 
@@ -68,17 +72,24 @@ class Outcome:
         return self.cached_tokens / max(self.prompt_tokens, 1)
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[Event]:
+class Trace(NamedTuple):
+    """Events, and the tokens that each of their tokens stands for."""
+
+    events: list[Event]
+    unit: int
+
+
+def read_trace(path: Path, limit: int | None = None) -> Trace:
     """A trace recorded by ``--rksc-trace``, or a public one with ``hash_ids`` of blocks.
 
-    Of the latter a block is one token, and requests do not overlap.
+    Of the latter a block has one slot, and requests do not overlap.
     """
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         first = json.loads(next(lines))
         lines.seek(0)
         if "hash_ids" not in first:
-            return list(read_events(lines))
-        return list(_block_events(lines, limit))
+            return Trace(list(read_events(lines)), 1)
+        return Trace(list(_block_events(lines, limit)), BLOCK)
 
 
 def _block_events(lines: Any, limit: int | None) -> Iterator[Event]:
@@ -91,9 +102,13 @@ def _block_events(lines: Any, limit: int | None) -> Iterator[Event]:
         yield Finish(when, rid, array("q"))
 
 
-def replay(events: Sequence[Event], capacity: int, policy: Policy) -> Outcome:
-    """Raises ValueError when a request does not fit the pool."""
-    return _Replay(capacity, policy).run(events)
+def replay(events: Sequence[Event], capacity: int, policy: Policy, unit: int = 1) -> Outcome:
+    """What a policy makes of a trace; ``unit`` as of a :class:`Trace`.
+
+    Raises:
+        ValueError: a request does not fit the pool.
+    """
+    return _Replay(capacity, policy, unit).run(events)
 
 
 @dataclass
@@ -107,7 +122,7 @@ class _Running:
 
 
 class _Replay:
-    def __init__(self, capacity: int, policy: Policy) -> None:
+    def __init__(self, capacity: int, policy: Policy, unit: int) -> None:
         self.cache = make_cache(capacity, policy)
         self.now = 0.0
         self.running: dict[str, _Running] = {}
@@ -117,6 +132,7 @@ class _Replay:
             cache.life_cycle.clock = lambda: self.now
         if cache.strategy is not None:
             cache.strategy.slot_mass = SlotMass(capacity + 1, "cpu")
+            cache.strategy.in_units_of(unit)
 
     def run(self, events: Sequence[Event]) -> Outcome:
         for event in events:

@@ -72,6 +72,13 @@ class RkscStrategy(EvictionStrategy):
             self._importance = self.slot_mass.of_nodes(leaves)
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
 
+    def in_units_of(self, tokens: int) -> None:
+        """Let a unit of a node's key be so many tokens: a whole page, or a public trace's block.
+
+        A tail that fills none is not worth one.
+        """
+        self.trim, self.tail = -(-self.trim // tokens), self.tail // tokens
+
     def portion(self, leaf: UnifiedTreeNode, wanted: int) -> int:
         """How many tokens to evict of a leaf, from its end, of ``wanted`` ones."""
         spare = self._spare(leaf)

@@ -97,6 +97,7 @@ class RkscRadixCache(UnifiedRadixCache):
     def evict_by(self, strategy: RkscStrategy) -> None:
         """Give the tree core a policy, before anything was evicted."""
         strategy.life_cycle = self.life_cycle
+        strategy.tail -= strategy.tail % self.page_size  # whole pages
         self.strategy = self.tree_core.eviction_strategy = strategy
 
     match_prefix = _timed("match")(UnifiedRadixCache.match_prefix)

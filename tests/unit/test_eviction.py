@@ -120,6 +120,12 @@ def test_whole_pages_are_trimmed(make_cache):
     assert held(cache, list(range(20))) == 12
 
 
+def test_a_tail_is_whole_pages(make_cache):
+    for page_size, tail in ((1, 64), (16, 64), (48, 48), (128, 0)):
+        cache = make_cache(RkscRadixCache, 384, page_size=page_size, eviction_policy="rksc")
+        assert cache.strategy.tail == tail
+
+
 def test_siblings_make_a_node_worth_more(cache):
     crowd = [insert(cache, [1, 2, 3, last]) for last in (10, 11, 12)]
     alone = insert(cache, [7, 8, 9])  # beside [1, 2, 3]

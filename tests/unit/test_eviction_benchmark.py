@@ -96,7 +96,8 @@ def test_a_public_trace_is_read_block_by_block(tmp_path):
     path = tmp_path / "public.jsonl"
     rows = [{"timestamp": 1000 * i, "hash_ids": [1, 2, 3 + i]} for i in range(3)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    events = read_trace(path, limit=2)
+    events, unit = read_trace(path, limit=2)
+    assert unit == 512
     assert [event.time for event in events] == [0, 0, 1, 1]
     assert events[2].tokens == array("q", [1, 2, 4])
 
