@@ -25,7 +25,6 @@ from rksc_sglang.rsbcm.policy import RkscStrategy
 from rksc_sglang.rsbcm.trace import Event, Finish, Report, Start, read_events
 from rksc_sglang.serving.radix_cache import RkscRadixCache, split_path
 
-
 #: Tokens of a block of the public traces.
 BLOCK = 512
 
