@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -79,19 +79,18 @@ class Duplicate:
     similarity: float
 
 
+#: How alike two thoughts are.
+Signal = Callable[[Thought, Thought], float]
+
+
 def duplicates(
-    thoughts: Sequence[Thought | None], signal: str, threshold: float
+    thoughts: Sequence[Thought | None], signal: Signal, threshold: float
 ) -> list[Duplicate]:
     """Thoughts that need not be gone on from, in the order of their places.
 
     Each is compared with those before it that stay, and is a duplicate of the most similar one of
     at least ``threshold``: likenesses do not add up along a chain. None takes no part.
-
-    Raises:
-        ValueError: there is no such signal.
     """
-    if signal not in SIGNALS:
-        raise ValueError(f"by: expected one of {', '.join(SIGNALS)}, got {signal!r}")
     found: list[Duplicate] = []
     staying: list[int] = []
     for place, thought in enumerate(thoughts):
@@ -101,7 +100,7 @@ def duplicates(
             (similarity, -other)
             for other in staying
             if (kept := thoughts[other]) is not None
-            and (similarity := SIGNALS[signal](kept, thought)) >= threshold
+            and (similarity := signal(kept, thought)) >= threshold
         ]
         if alike:
             similarity, other = max(alike)

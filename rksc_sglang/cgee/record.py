@@ -59,7 +59,8 @@ class Recorder:
         self.max_tokens = max_tokens
         self.labels = [self._label(text) for text in (YES, NO)]
 
-    def _post(self, route: str, body: Mapping[str, Any]) -> Any:
+    def post(self, route: str, body: Mapping[str, Any]) -> Any:
+        """Raises RecordError where there is no answer, or no success."""
         try:
             answer = requests.post(self.url + route, json=body, timeout=600)
             answer.raise_for_status()
@@ -67,8 +68,13 @@ class Recorder:
         except (requests.RequestException, ValueError) as error:
             raise RecordError(f"{self.url}: {error!r}") from error
 
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens around it."""
+        body = {"prompt": list(texts), "add_special_tokens": False}
+        return self.post("/tokenize", body)["tokens"] if texts else []
+
     def _label(self, text: str) -> int:
-        tokens = self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        (tokens,) = self.tokenize([text])
         if len(tokens) != 1:
             raise RecordError(f"the verdict {text!r} is not a single token of this model")
         return tokens[0]
@@ -86,7 +92,7 @@ class Recorder:
             "return_logprob": True,
             "top_logprobs_num": 1,
         }
-        answers = self._post("/generate", body)
+        answers = self.post("/generate", body)
         samples = []
         for answer in answers if isinstance(answers, list) else [answers]:
             meta = answer["meta_info"]
@@ -98,7 +104,7 @@ class Recorder:
     def cache(self, question: str, solution: str) -> None:
         """Have the server compute a branch, as its generation would have."""
         text = prompt_of([Turn("user", question)]) + solution
-        self._post("/generate", {"text": text, "sampling_params": {"max_new_tokens": 0}})
+        self.post("/generate", {"text": text, "sampling_params": {"max_new_tokens": 0}})
 
     def verify(
         self, question: str, solution: str, exit_: str | None = None, asked: str = QUESTION
@@ -120,7 +126,7 @@ class Recorder:
             "return_logprob": True,
             "token_ids_logprob": self.labels,
         }
-        meta = self._post("/generate", body)["meta_info"]
+        meta = self.post("/generate", body)["meta_info"]
         found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
         final = [found[token] for token in self.labels]
         info = meta.get("rksc") or {}

@@ -95,7 +95,7 @@ def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
     threshold = 1.0 if rule.threshold is None else rule.threshold
     return [
         Merge(found.place, found.of, var, rule.by, found.similarity)
-        for found in duplicates(thoughts, rule.by, threshold)
+        for found in duplicates(thoughts, SIGNALS[rule.by], threshold)
     ]
 
 

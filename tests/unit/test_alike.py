@@ -35,15 +35,10 @@ def test_what_the_signals_are():
         sigma(Thought(""), Thought("", signature=(1.0,)))
 
 
-def test_a_signal_that_there_is_not_is_named():
-    with pytest.raises(ValueError, match=r"by: expected one of text.*'meaning'"):
-        duplicates([Thought("a")], "meaning", 1.0)
-
-
 @given(states=st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=12))
 def test_of_the_same_only_the_first_goes_on(states):
     thoughts = [None if state is None else Thought("", state) for state in states]
-    found = duplicates(thoughts, "state", 1.0)
+    found = duplicates(thoughts, same_state, 1.0)
     gone = {duplicate.place for duplicate in found}
     left = [state for place, state in enumerate(states) if place not in gone and state is not None]
     assert len(set(left)) == len(left)
@@ -59,6 +54,6 @@ def test_of_the_same_only_the_first_goes_on(states):
 )
 def test_likenesses_do_not_add_up(texts, threshold):
     thoughts = [Thought(" ".join(words)) for words in texts]
-    for duplicate in duplicates(thoughts, "text", threshold):
+    for duplicate in duplicates(thoughts, text_ratio, threshold):
         ratio = text_ratio(thoughts[duplicate.of], thoughts[duplicate.place])
         assert ratio == duplicate.similarity >= threshold
