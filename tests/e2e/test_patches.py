@@ -14,7 +14,7 @@ from rksc_sglang.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
 #: Unit tests of what uses the extension points.
-UNIT = ("test_lang", "test_compat", "test_layer_exit", "test_attention_mass", "test_root_first")
+UNIT = ("test_compat", "test_layer_exit", "test_attention_mass", "test_root_first")
 PROGRAM = """
 import sglang as sgl
 import rksc_sglang as rksc
