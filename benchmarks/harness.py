@@ -223,7 +223,11 @@ def make_result(
         "benchmark": module,
         "machine": machine(),
         "versions": {package: version(package) for package in packages},
-        "config": {"argv": sys.argv[1:], "quick": args.quick, "seed": args.seed, **config},
+        "config": {
+            "quick": args.quick,
+            "seed": args.seed,
+            **without_folders({"argv": sys.argv[1:], **config}),
+        },
         "rows": rows,
     }
 
@@ -238,6 +242,17 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         temporary.replace(path)
     return result
+
+
+def without_folders(value: Any) -> Any:
+    """Paths inside of a value, by their names alone: where files are is nobody's business."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    if isinstance(value, str) and value.startswith((os.sep, f".{os.sep}", f"..{os.sep}")):
+        return Path(value).name
+    return value
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The pages agree with the code."""
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -28,3 +29,10 @@ def test_the_contract_page_lists_every_key():
     assert first_column("docs/contract.md", "# The request contract") == request
     response = [field.name for field in dataclasses.fields(ResponseInfo)]
     assert first_column("docs/contract.md", "The answer is an object") == response
+
+
+def test_the_results_page_is_made_of_the_results():
+    spec = importlib.util.spec_from_file_location("page", ROOT / "scripts/results_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run scripts/results_page.py"

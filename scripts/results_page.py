@@ -1,0 +1,166 @@
+"""Write docs/results.md from the results that are committed in benchmarks/results.
+
+    python scripts/results_page.py
+
+Nothing on the page is written by hand but the sentences below: each figure comes from a JSON's
+``summary``, which ``python -m benchmarks.summarise FILE`` computes from its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+
+class Section(NamedTuple):
+    """One result.
+
+    Attributes:
+        name: of its JSON, without the ending.
+        text: what was measured, and what to make of it.
+        figures: keys of the summary, each with what was wanted of it; empty where nothing was.
+    """
+
+    name: str
+    title: str
+    text: str
+    figures: Mapping[str, str]
+
+
+SECTIONS = (
+    Section(
+        "cpu_attention",
+        "The ground: attention on a CPU",
+        "Our attention backend against SGLang's `torch_native`, the same server work. All other "
+        "results, the baselines' too, stand on ours.",
+        {
+            "cached_extend_speedup": "at least 3",
+            "decode_speedup_b16": "at least 1.5",
+            "fork_decode_speedup": "at least 2",
+            "worst_speedup": "at least 0.98",
+            "max_logprob_difference": "at most 1e-4",
+        },
+    ),
+    Section(
+        "overhead",
+        "What RKSC costs where there is nothing to gain",
+        "Mode exact against stock SGLang on work with nothing in common, on SmolLM2 and on a "
+        "random model of two layers, where scheduler and cache are what is timed.",
+        {
+            "throughput_ratio": "at least 0.98",
+            "ttft_ratio": "at most 1.02",
+            "worst_throughput_ratio": "at least 0.96",
+            "tiny_throughput_ratio": "at least 0.95",
+        },
+    ),
+    Section(
+        "splice",
+        "Splicing: the same text behind another context",
+        "Mode balanced on SmolLM2, against full recompute on the same server. What it changes in "
+        "which kind of prompt is in [sharing.md](sharing.md#splicing).",
+        {
+            "ttft_speedup_1k": "at least 7",
+            "ttft_speedup_1k_new_context": "at least 5",
+            "fanout8_speedup": "at least 10",
+            "fanout8_cold_speedup": "at least 4",
+            "coverage": "at least 0.6",
+            "top1_agreement": "at least 0.99",
+            "kl_mean": "at most 0.01",
+            "adversarial_agreement": "at least 0.99",
+            "judge_consistency": "at least 0.99",
+            "overhead_f": "at least 0.98",
+            "gate_auc": "at least 0.7",
+        },
+    ),
+    Section(
+        "eviction",
+        "Eviction",
+        "Recorded programs and a public trace, replayed on SGLang's real tree and allocator: how "
+        "much of the distance from LRU to a policy that knows the future is closed, in prompt "
+        "tokens that are computed again. More in [eviction.md](eviction.md).",
+        {
+            "gap_closed": "at least 0.5",
+            "gap_closed_by_best_stock": "less than ours",
+            "gap_closed_by_lru_freeing": "less than ours",
+            "worst_regret": "at most 1",
+            "evict_us_per_token": "",
+        },
+    ),
+    Section(
+        "eviction_server",
+        "Eviction on a live server",
+        "The same programs on servers with a small pool that differ in nothing but the policy.",
+        {"server_speedup_vs_best_stock": "", "mass_overhead": "at most 0.01"},
+    ),
+    Section(
+        "reasoner",
+        "The reasoner",
+        "Our small model on problems that it has not seen; it is what votes and verdicts are "
+        "measured on.",
+        {
+            "greedy_accuracy": "0.4 to 0.9",
+            "majority8_gain": "at least 0.03",
+            "verdict_auc": "at least 0.75",
+            "best_of_8_gain": "above 0",
+            "yes_share": "at least 0.2",
+            "no_share": "at least 0.2",
+            "fact_sheet_accuracy": "at least 0.4",
+            "tokens_per_s": "at least 400",
+            "calibration_error": "",
+        },
+    ),
+)
+
+
+def figure(value: Any) -> str:
+    """A number, or a mapping of one with its interval, as text."""
+    if isinstance(value, Mapping):
+        center = value.get("ratio", value.get("value"))
+        of = f" (`{value['policy']}`)" if "policy" in value else ""
+        return f"{number(center)} [{number(value['low'])}, {number(value['high'])}]{of}"
+    return number(value)
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def lines() -> Iterator[str]:
+    yield "# Results\n"
+    yield (
+        "Made by `python scripts/results_page.py` from the JSON files in `benchmarks/results/`, "
+        "which hold every measurement, the machine and the versions. Wanted is what was set before "
+        "anything was measured; what is not reached stays in the table.\n"
+    )
+    for section in SECTIONS:
+        path = RESULTS / f"{section.name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        kind = "a quick run" if result["config"]["quick"] else "a full run"
+        machine = f"{result['machine']['processor']}, {result['machine']['cores']} cores"
+        yield f"## {section.title}\n"
+        yield f"{section.text}\n"
+        yield f"`python -m {result['benchmark']}`: {kind}, {machine}.\n"
+        yield "| figure | measured | wanted |\n|---|---|---|"
+        for name, wanted in section.figures.items():
+            yield f"| `{name}` | {figure(result['summary'].get(name))} | {wanted} |"
+        yield ""
+        if path.with_suffix(".png").exists():
+            yield f"![{section.title}](../benchmarks/results/{section.name}.png)\n"
+
+
+def page() -> str:
+    return "\n".join(lines()).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
