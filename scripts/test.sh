@@ -6,5 +6,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+.venv/bin/mypy &
+types=$!
+.venv/bin/python -m pytest "$@"
+wait "$types" # fails where mypy has failed

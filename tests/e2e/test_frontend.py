@@ -201,7 +201,9 @@ def test_the_papers_gate_skips_what_its_rules_say(backend):
         expected = PaperGate().winner(gather(answers, in_full.confidences))
         if expected is None:
             assert verdict.gate is None
-            assert verdict.winner == in_full.winner
+            # Answers that are the same tie but for rounding.
+            best = in_full.scores[in_full.winner]
+            assert verdict.scores[verdict.winner] == pytest.approx(best, abs=1e-4)
             continue
         skipped += 1
         assert (verdict.winner, verdict.gate) == (expected, "the paper gate")
