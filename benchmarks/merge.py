@@ -46,6 +46,7 @@ from rksc_sglang.asks.alike import SIGNALS, Signal
 from rksc_sglang.cgee.calibration import TooLittleData, fixed_sequence
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.contract import KEY
+from rksc_sglang.models import ensure_model
 from rksc_sglang.models.dialogues import Turn, prompt_of
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
@@ -351,11 +352,12 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
     args = parser.parse_args()
+    model = args.model_path or str(ensure_model("reasoner"))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = measure(args, args.model_path, Path(folder))
+            rows = measure(args, model, Path(folder))
         except RecordError as error:
             raise BenchmarkError(str(error)) from error
     result = harness.make_result("benchmarks.merge", args, rows, ["reasoning-gym"])

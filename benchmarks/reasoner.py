@@ -26,6 +26,7 @@ from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.statistics import mean_interval
 from rksc_sglang.cgee.record import Recorder, RecordError
+from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, check, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -182,9 +183,10 @@ def measure(url: str, count: int, seed: int) -> Iterator[Row]:
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
     args = parser.parse_args()
-    flags = ["--model-path", args.model_path, "--dtype", "float32", "--rksc-mode", "off"]
+    model = args.model_path or str(ensure_model("reasoner"))
+    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "off"]
     flags += ["--max-total-tokens", "65536"]
     with (
         tempfile.TemporaryDirectory() as logs,

@@ -47,6 +47,7 @@ from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.profile import ExitProfile, update_profile
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
+from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -383,11 +384,12 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", required=True, help="checkpoint directory")
+    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
     args = parser.parse_args()
+    model = args.model_path or str(ensure_model("reasoner"))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = measure(args, args.model_path, Path(folder))
+            rows = measure(args, model, Path(folder))
         except RecordError as error:
             raise BenchmarkError(str(error)) from error
     result = harness.make_result("benchmarks.verify", args, rows, ["reasoning-gym"])

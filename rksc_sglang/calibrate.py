@@ -30,6 +30,7 @@ from rksc_sglang.cgee.calibration import Group, TooLittleData, calibrate_exit, c
 from rksc_sglang.cgee.profile import ExitProfile, SkipProfile, update_profile
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.demo.questions import QuestionsError, answer_key, load_questions
+from rksc_sglang.models import EmbeddedModelError, ensure_model
 from rksc_sglang.models.problems import extract_answer, problems
 from rksc_sglang.server_process import ServerFailedError, ServerProcess
 
@@ -49,7 +50,7 @@ def lens_layers(num_layers: int, count: int = 3) -> tuple[int, ...]:
 
 
 def own_problems(args: argparse.Namespace) -> Iterator[Ask]:
-    """The calibration split of generated problems."""
+    """The reasoner's calibration split."""
 
     def right(answer: str, found: str | None) -> bool:
         return found == answer
@@ -106,15 +107,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--output", type=Path, required=True, help="the profile, a JSON file; may be there already")
-    add("--model-path", required=True, help="checkpoint directory")
+    add("--model-path", help="checkpoint directory; the embedded reasoner if none is given")
     add("--risk", type=_share, default=0.005, help="share of problems that may lose their answer")
     add("--delta", type=_share, default=0.05, help="chance that the promise does not hold")
     add(
         "--questions",
         type=Path,
         metavar="FILE",
-        help="JSON lines of question and answer; problems of rksc_sglang.models.problems if none "
-        "is given",
+        help="JSON lines of question and answer; the reasoner's own problems if none is given",
     )
     add("--problems", type=int, default=2400, help="problems to record at most")
     add("--branches", type=int, default=8, help="branches a problem")
@@ -161,9 +161,9 @@ def calibrate(
 def main() -> None:
     args = parser().parse_args()
     try:
-        model = Path(args.model_path)
+        model = Path(args.model_path) if args.model_path else ensure_model("reasoner")
         groups, labels = record(args, model)
-    except (QuestionsError, RecordError, ServerFailedError) as error:
+    except (EmbeddedModelError, QuestionsError, RecordError, ServerFailedError) as error:
         sys.exit(f"rksc: error: {error}")
     parts, reasons = calibrate(groups, labels, fingerprint(model), args.risk, args.delta)
     for reason in reasons:

@@ -291,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
+    add("--init", type=Path, metavar="MODEL", help="begin with this model's weights and tokenizer")
     add("--tokens", type=float, default=100e6, help="to train on in all")
     add("--minutes", type=float, help="stop after so long, to be resumed")
     add("--batch-tokens", type=int, default=2048, help="of one step")
@@ -341,10 +342,16 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out / "model"
     if checkpoint.exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        tokenizer.save_pretrained(folder)
     else:
         tokenizer = train_tokenizer(args.vocab_size, args.seed)
         tokenizer.save_pretrained(folder)
     model = make_model(args, tokenizer)
+    if args.init:
+        trained = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     optimizers = make_optimizers(model, args.learning_rate, dtype)
     # Rows have two lengths: two graphs.

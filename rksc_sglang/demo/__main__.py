@@ -1,6 +1,7 @@
 """``python -m rksc_sglang.demo``: questions, branches, votes and verdicts on a server of its own.
 
-Two passes over the same questions: with RKSC, then with the radix cache off.
+SmolLM2 answers questions, with RKSC and then with the radix cache off; the reasoner, which can tell
+right solutions from wrong ones, solves problems.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from rksc_sglang.demo.questions import OWN_QUESTIONS, Question, QuestionsError, load_questions
+from rksc_sglang.demo.questions import Question, QuestionsError, load_questions
 from rksc_sglang.server_process import ServerFailedError, ServerProcess
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rksc_sglang.demo.display import Pass
+    from rksc_sglang.demo.program import Setting
 
 #: 16 Ki tokens, 0.8 GB, are enough for the questions in work. The fraction is of the memory that is
 #: free at start; with SGLang's default, whatever else takes memory meanwhile can stop the server.
 SERVER_FLAGS = ("--max-total-tokens", "16384")
-PASSES = {
-    "RKSC, mode exact": ("--rksc-mode", "exact"),
-    "radix cache off": ("--rksc-mode", "off", "--disable-radix-cache"),
-}
+MODELS = {"smollm2": "SmolLM2", "reasoner": "the reasoner"}
+EXACT = ("--rksc-mode", "exact")
+CACHE_OFF = ("--rksc-mode", "off", "--disable-radix-cache")
 MAX_BRANCHES = 8
 #: Questions in work at the same time, to keep the server's batches full.
 CONCURRENCY = 4
@@ -44,7 +46,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="quickstart.sh",
         description="Starts a server with an embedded model, has it answer questions in several "
-        "branches each, verifies and votes, then does the same with the radix cache off.",
+        "branches each, verifies and votes, then does the same with the radix cache off; then "
+        "another model, trained to solve problems and to judge solutions, does its own.",
     )
     parser.add_argument(
         "--questions",
@@ -54,7 +57,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'list of right ones, and may end in "#### 18" as in GSM8K; default: questions of the demo',
     )
     parser.add_argument(
-        "--limit", type=_count, default=12, help="questions to ask at most (default: %(default)s)"
+        "--model",
+        choices=MODELS,
+        help="only this model (default: one after the other, or smollm2 with --questions)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=_count,
+        default=12,
+        help="questions to ask each model at most (default: %(default)s)",
     )
     parser.add_argument(
         "--branches",
@@ -67,7 +78,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens",
         type=_count,
-        help="tokens of an answer at most (default: 24, or 96 with --questions)",
+        help="tokens of an answer at most (default: 24 of SmolLM2, 96 with --questions, and 160 "
+        "of the reasoner)",
     )
     parser.add_argument("--port", type=_port, help="port of the server (default: a free one)")
     parser.add_argument(
@@ -76,8 +88,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="leave out the second pass, with the radix cache off",
     )
     args = parser.parse_args(argv)
-    if args.max_tokens is None:
-        args.max_tokens = 24 if args.questions is None else 96
+    if args.questions is not None:
+        args.model = args.model or "smollm2"
+        args.max_tokens = args.max_tokens or (96 if args.model == "smollm2" else None)
     return args
 
 
@@ -93,11 +106,29 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def setting_of(model: str, args: argparse.Namespace) -> Setting:
+    from rksc_sglang.demo.program import SETTINGS
+
+    setting = SETTINGS[model]
+    return replace(
+        setting,
+        questions=args.questions or setting.questions,
+        max_tokens=args.max_tokens or setting.max_tokens,
+    )
+
+
 def run_pass(
-    name: str, questions: Sequence[Question], args: argparse.Namespace, console: Console, log: Path
+    model: str,
+    flags: Sequence[str],
+    questions: Sequence[Question],
+    args: argparse.Namespace,
+    console: Console,
+    log: Path,
 ) -> Pass:
     """All questions on a server of their own, which is gone afterwards."""
-    flags = [*SERVER_FLAGS, *PASSES[name]]
+    name = f"{MODELS[model]}, {'RKSC on' if flags == EXACT else 'radix cache off'}"
+    setting = setting_of(model, args)
+    flags = ["--rksc-model", model, *SERVER_FLAGS, *flags]
     # SGLang leaves its sockets behind in the temporary directory.
     env = {"TMPDIR": str(log.parent)}
     with ServerProcess(flags, log=log, port=args.port, env=env) as server:
@@ -113,7 +144,7 @@ def run_pass(
             start = time.perf_counter()
             with outcome_table(console, name, questions) as show:
                 running = {
-                    pool.submit(solve, endpoint, question, args.branches, args.max_tokens): number
+                    pool.submit(solve, endpoint, question, args.branches, setting): number
                     for number, question in enumerate(questions)
                 }
                 while running:
@@ -130,7 +161,7 @@ def run_pass(
         finally:
             # Without waiting: what still runs ends with the server.
             pool.shutdown(wait=False, cancel_futures=True)
-        return Pass(name, [outcomes[number] for number in range(len(questions))], seconds)
+        return Pass(name, model, [outcomes[number] for number in range(len(questions))], seconds)
 
 
 def _reason(error: BaseException, server: ServerProcess) -> ServerFailedError:
@@ -146,7 +177,11 @@ def _reason(error: BaseException, server: ServerProcess) -> ServerFailedError:
 
 def run_demo(args: argparse.Namespace) -> int:
     """The exit status; the reason of a failure has been printed."""
-    questions = load_questions(args.questions or OWN_QUESTIONS)[: args.limit]
+    models = [args.model] if args.model else list(MODELS)
+    questions = {}
+    for model in models:
+        setting = setting_of(model, args)
+        questions[model] = load_questions(setting.questions, setting.key)[: args.limit]
 
     from rich.console import Console
 
@@ -154,16 +189,19 @@ def run_demo(args: argparse.Namespace) -> int:
     from rksc_sglang.models import ensure_model
 
     # Here and not in the server, so that its progress is seen.
-    ensure_model("smollm2")
+    for model in models:
+        ensure_model(model)
     console = Console()
     logs = Path(tempfile.mkdtemp(prefix="rksc-demo-"))
     keep_logs = False
     try:
-        names = list(PASSES)[: 1 if args.skip_cache_off else None]
-        passes = []
-        for number, name in enumerate(names, 1):
-            log = logs / f"server-{number}.log"
-            passes.append(run_pass(name, questions, args, console, log))
+        passes: list[Pass] = []
+        for model in models:
+            # The reasoner's pass is about its verdicts: one is enough.
+            off = model == "smollm2" and not args.skip_cache_off
+            for flags in (EXACT, CACHE_OFF)[: 2 if off else 1]:
+                log = logs / f"server-{len(passes)}.log"
+                passes.append(run_pass(model, flags, questions[model], args, console, log))
         print_summary(console, passes)
         return 0
     except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rich.console import Console
 from rich.live import Live
@@ -28,8 +29,9 @@ _COLUMNS = (
 _NOTES = """\
 Shared and computed are prompt tokens: of the prefix of the branches, which is computed once a \
 question, of the branches, and of the verifications. Generated are the tokens of the answers.
-The verdict is the branch that the model prefers when asked about each, and how sure it is. A \
-model this small is no verifier, so the votes choose the answer, and verdicts only break ties."""
+The verdict is the branch that the model prefers when asked about each, and how sure it is. The \
+votes choose the answer, and verdicts only break ties: neither model is a verifier. "By verdict" \
+are the questions that would be answered rightly if the verdict chose."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,17 @@ class Pass:
     """All questions, answered on one server."""
 
     name: str
+    model: str
     outcomes: Sequence[Outcome]
     seconds: float
 
     @property
     def right(self) -> int:
         return sum(outcome.right for outcome in self.outcomes)
+
+    @property
+    def verdict_right(self) -> int:
+        return sum(outcome.verdict_right for outcome in self.outcomes)
 
     @property
     def shared(self) -> int:
@@ -106,25 +113,27 @@ def outcome_table(
 
 
 def print_summary(console: Console, passes: Sequence[Pass]) -> None:
-    """The passes side by side, and what the second one cost in terms of the first."""
-    first = passes[0]
+    """The passes side by side, and what SmolLM2's second one cost in terms of its first."""
     table = Table(title="\nSummary", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("", "right", "shared", "computed", "generated", "seconds"):
+    for name in ("", "right", "by verdict", "shared", "computed", "generated", "seconds"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for run in passes:
         asked = len(run.outcomes)
         table.add_row(
             run.name,
             f"{run.right}/{asked} = {run.right / asked:.0%}",
+            f"{run.verdict_right}/{asked}",
             f"{run.shared} = {run.shared / (run.shared + run.computed):.0%}",
             str(run.computed),
             str(run.generated),
             f"{run.seconds:.1f}",
         )
     console.print(table)
-    for run in passes[1:]:
+    for first, run in pairwise(passes):
+        if first.model != run.model:
+            continue
         console.print(
-            f"With the {run.name}, the same work computed "
+            "With the radix cache off, the same work computed "
             f"{run.computed / first.computed:.1f} times the prompt tokens and took "
             f"{run.seconds / first.seconds:.1f} times the seconds. This is not SGLang's default: "
             "SGLang shares equal prefixes by itself. It shows what that sharing is worth."

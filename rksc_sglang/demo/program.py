@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sglang as sgl
@@ -12,14 +13,54 @@ from sglang.lang.interpreter import StreamExecutor
 from sglang.utils import http_request
 
 import rksc_sglang as rksc
-from rksc_sglang.demo.questions import Question, answer_key, vote
-
-SYSTEM = "Answer in one short sentence."
-EXAMPLES = (
-    ("What is the capital of Spain?", "The capital of Spain is Madrid."),
-    ("Ben has 7 pencils and gives away 2. How many are left?", "7 - 2 = 5 pencils are left."),
-    ("A bag holds 3 balls. How many balls are in 5 bags?", "3 * 5 = 15 balls."),
+from rksc_sglang.demo.questions import (
+    OWN_PROBLEMS,
+    OWN_QUESTIONS,
+    AnswerKey,
+    Question,
+    answer_key,
+    stated_answer,
+    vote,
 )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is asked: what stands before the question, where its answer ends and is."""
+
+    questions: Path
+    system: str
+    examples: Sequence[tuple[str, str]]
+    max_tokens: int
+    stop: str | None
+    key: AnswerKey
+
+
+SETTINGS = {
+    "smollm2": Setting(
+        questions=OWN_QUESTIONS,
+        system="Answer in one short sentence.",
+        examples=(
+            ("What is the capital of Spain?", "The capital of Spain is Madrid."),
+            (
+                "Ben has 7 pencils and gives away 2. How many are left?",
+                "7 - 2 = 5 pencils are left.",
+            ),
+            ("A bag holds 3 balls. How many balls are in 5 bags?", "3 * 5 = 15 balls."),
+        ),
+        max_tokens=24,
+        stop="\n",
+        key=answer_key,
+    ),
+    "reasoner": Setting(
+        questions=OWN_PROBLEMS,
+        system="You solve problems. Work step by step.",
+        examples=(),
+        max_tokens=160,
+        stop=None,
+        key=stated_answer,
+    ),
+}
 #: One a branch. Branches differ by their hints and not by chance, so that every pass over the
 #: questions generates the same tokens.
 HINTS = (
@@ -38,6 +79,7 @@ HINTS = (
 class Outcome:
     """What became of one question.
 
+    ``right`` is the answer of most branches, ``verdict_right`` that of the verdict's winner;
     ``shared`` prompt tokens were in the KV cache, ``computed`` ones went through the model;
     ``generated`` counts the branches' answers.
     """
@@ -47,6 +89,7 @@ class Outcome:
     branches: int
     verdict: rksc.Verdict
     right: bool
+    verdict_right: bool
     shared: int
     computed: int
     generated: int
@@ -64,13 +107,13 @@ class CountingEndpoint(sgl.RuntimeEndpoint):
 
 
 @sgl.function
-def _solve(s: Any, question: str, hints: Sequence[str], max_tokens: int) -> Any:
-    s += sgl.system(SYSTEM)
-    for example, answer in EXAMPLES:
+def _solve(s: Any, question: str, hints: Sequence[str], setting: Setting) -> Any:
+    s += sgl.system(setting.system)
+    for example, answer in setting.examples:
         s += sgl.user(example) + sgl.assistant(answer)
     s += sgl.user_begin() + question
     branches = rksc.fork(s, len(hints), hints=[f" {hint}" for hint in hints])
-    reply = sgl.gen("answer", max_tokens=max_tokens, temperature=0, stop="\n")
+    reply = sgl.gen("answer", max_tokens=setting.max_tokens, temperature=0, stop=setting.stop)
     branches += sgl.user_end() + sgl.assistant(reply)
     verdict = rksc.verify(branches, "answer")
     branches.join()
@@ -78,7 +121,7 @@ def _solve(s: Any, question: str, hints: Sequence[str], max_tokens: int) -> Any:
 
 
 def solve(
-    endpoint: CountingEndpoint, question: Question, branches: int, max_tokens: int
+    endpoint: CountingEndpoint, question: Question, branches: int, setting: Setting
 ) -> Outcome:
     """Answer one question.
 
@@ -86,13 +129,13 @@ def solve(
         Exception: whatever went wrong first; SGLang's executors only take note of it.
     """
     start = time.perf_counter()
-    program = _solve.run(question.text, HINTS[:branches], max_tokens, backend=endpoint)
+    program = _solve.run(question.text, HINTS[:branches], setting, backend=endpoint)
     group, verdict = program.ret_value
     for state in (program, *group):
         if state.error() is not None:
             raise state.error()
 
-    keys = [answer_key(state["answer"], question.text) for state in group]
+    keys = [setting.key(state["answer"], question.text) for state in group]
     answer, votes = vote(keys, verdict.scores)
     metas = [state.get_meta_info("answer") for state in group]
     prefix = program.get_meta_info("prefix")  # none for a single branch
@@ -105,6 +148,7 @@ def solve(
         branches=branches,
         verdict=verdict,
         right=answer in question.answers,
+        verdict_right=verdict.winner is not None and keys[verdict.winner] in question.answers,
         shared=shared + verdict.prompt_tokens - verdict.computed_tokens,
         computed=prompt_tokens - shared + verdict.computed_tokens,
         generated=sum(meta["completion_tokens"] for meta in metas),

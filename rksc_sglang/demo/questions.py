@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rksc_sglang.models.problems import extract_answer
+
 OWN_QUESTIONS = Path(__file__).with_name("questions.jsonl")
+#: For the reasoner: problems of the split that it was not trained on.
+OWN_PROBLEMS = Path(__file__).with_name("problems.jsonl")
+
+#: What a reply to a question comes down to; empty where there is no answer in it.
+AnswerKey = Callable[[str, str], str]
 
 #: Words of a sentence around its answer: "The painting *was made by* Rembrandt."
 _FILLERS = frozenset(
@@ -26,7 +33,7 @@ class QuestionsError(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """``answers`` are all the right ones, as :func:`answer_key` makes them."""
+    """``answers`` are all the right ones, as the file's answer key makes them."""
 
     text: str
     answers: frozenset[str]
@@ -50,6 +57,11 @@ def answer_key(reply: str, question: str) -> str:
     return " ".join([word for word in words if word not in known] or words)
 
 
+def stated_answer(reply: str, question: str) -> str:
+    """What stands behind "Answer:", as the reasoner ends its solutions."""
+    return extract_answer(reply) or ""
+
+
 def vote(keys: Sequence[str], scores: Sequence[float | None]) -> tuple[str, int]:
     """The answer given most often, and how often; the best score decides between equals.
 
@@ -63,8 +75,8 @@ def vote(keys: Sequence[str], scores: Sequence[float | None]) -> tuple[str, int]
     return winner, votes[winner]
 
 
-def load_questions(path: Path) -> list[Question]:
-    """Read JSON lines of ``question`` and ``answer``.
+def load_questions(path: Path, key: AnswerKey = answer_key) -> list[Question]:
+    """Read JSON lines of ``question`` and ``answer``; ``key`` is what replies are compared by.
 
     An answer is a string, a number, or a list of them when several are right; of a string with
     ``####`` (GSM8K), what follows counts.
@@ -81,7 +93,7 @@ def load_questions(path: Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            questions.append(_parse(line))
+            questions.append(_parse(line, key))
         except ValueError as error:
             raise QuestionsError(f"{path}:{number}: {error}") from None
     if not questions:
@@ -89,7 +101,7 @@ def load_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _parse(line: bytes) -> Question:
+def _parse(line: bytes, key: AnswerKey) -> Question:
     try:
         raw = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -107,13 +119,13 @@ def _parse(line: bytes) -> Question:
     answers = raw["answer"] if isinstance(raw["answer"], list) else [raw["answer"]]
     if not answers:
         raise ValueError('"answer": the list is empty')
-    return Question(text.strip(), frozenset(_right_key(answer, text) for answer in answers))
+    return Question(text.strip(), frozenset(_right_key(answer, text, key) for answer in answers))
 
 
-def _right_key(answer: Any, question: str) -> str:
+def _right_key(answer: Any, question: str, key: AnswerKey) -> str:
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         raise ValueError(f'"answer": expected text or a number, got {answer!r}')
-    key = answer_key(str(answer).split("####")[-1], question)
-    if not key:
+    found = key(str(answer).split("####")[-1], question)
+    if not found:
         raise ValueError(f'"answer": no word and no number in {answer!r}')
-    return key
+    return found

@@ -1,10 +1,10 @@
-"""Models that come with the package, fetched once and cached."""
+"""Models that come with the package, fetched or trained once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-EMBEDDED_MODELS = ("smollm2",)
+EMBEDDED_MODELS = ("smollm2", "reasoner")
 
 
 class EmbeddedModelError(RuntimeError):
@@ -17,6 +17,10 @@ def ensure_model(name: str) -> Path:
     Raises:
         EmbeddedModelError: it cannot be made, or is damaged.
     """
+    if name == "reasoner":
+        from rksc_sglang.models.reasoner import ensure_reasoner
+
+        return ensure_reasoner()
     assert name == "smollm2", name
     from rksc_sglang.models.smollm2 import ensure_smollm2
 

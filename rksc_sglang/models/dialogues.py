@@ -3,7 +3,7 @@
 A problem is solved under some system prompt, behind a hint or another agent's attempt; solutions
 right and wrong are judged, behind the conversation that made them or quoted before a verifier of
 its own system prompt, whole or a single step, with the verdict at once or after thinking. Only
-what the assistant ought to say is learned of it: nobody learns from a wrong solution.
+what the assistant ought to say is learned: nobody learns from a wrong solution.
 """
 
 from __future__ import annotations

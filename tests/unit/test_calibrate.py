@@ -104,7 +104,7 @@ def test_the_profile_of_another_model_is_refused(parts, tmp_path):
 @pytest.mark.parametrize("flags", [["--risk", "0"], ["--delta", "1"], ["--risk", "2"]])
 def test_shares_are_between_zero_and_one(flags, capsys):
     with pytest.raises(SystemExit):
-        parser().parse_args(["--output", "x", "--model-path", "y", *flags])
+        parser().parse_args(["--output", "x", *flags])
     assert flags[0] in capsys.readouterr().err
 
 

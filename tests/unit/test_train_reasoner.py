@@ -69,5 +69,12 @@ def test_the_model_is_one_for_transformers(trained):
         assert len(tokenizer.encode(label, add_special_tokens=False)) == 1
 
 
+def test_it_goes_on_from_a_model(trained, tmp_path):
+    train(tmp_path, "--init", str(trained / "model"), "--tokens", str(20 * 1024))
+    begun = next(point["loss"] for point in curve(trained) if "loss" in point)
+    gone_on = next(point["loss"] for point in curve(tmp_path) if "loss" in point)
+    assert gone_on < begun - 0.5
+
+
 def test_it_ends_where_it_was_told_to(trained):
     assert steps(trained) == 44000 // 1024

@@ -1,0 +1,50 @@
+"""``--rksc-model reasoner``."""
+
+import pytest
+import requests
+import sglang as sgl
+
+import rksc_sglang as rksc
+from rksc_sglang.server_process import ServerProcess
+
+PROBLEM = "State the final answer to the following arithmetic problem: 5 + 3 ="
+
+
+@pytest.fixture(scope="module")
+def reasoner(logs):
+    flags = ["--rksc-model", "reasoner", "--dtype", "float32"]
+    with ServerProcess(flags, log=logs / "reasoner.log") as server:
+        server.wait_ready()
+        yield server.url
+
+
+def test_it_is_served_by_its_name(reasoner):
+    status = requests.get(f"{reasoner}/rksc/status").json()
+    assert status["ranks"][0]["num_layers"] == 8
+    assert requests.get(f"{reasoner}/v1/models").json()["data"][0]["id"] == "reasoner"
+
+
+def test_it_answers_in_its_chat_format(reasoner):
+    body = {
+        "model": "reasoner",
+        "messages": [{"role": "user", "content": PROBLEM}],
+        "temperature": 0,
+        "max_tokens": 60,
+    }
+    answer = requests.post(f"{reasoner}/v1/chat/completions", json=body).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"
+    assert "Answer:" in answer["message"]["content"]
+
+
+@sgl.function
+def judge(s, candidate):
+    s += sgl.user(PROBLEM) + sgl.assistant(candidate)
+    s += rksc.gen_verdict("right")
+
+
+def test_yes_and_no_are_its_labels(reasoner):
+    """What its verdicts are worth is measured by benchmarks.reasoner."""
+    backend = sgl.RuntimeEndpoint(reasoner, chat_template_name="chatml")
+    meta = judge.run("5 + 3 = 8\nAnswer: 8", backend=backend).get_meta_info("right")
+    assert meta["labels"] == ("YES", "NO")
+    assert sum(meta["probabilities"]) == pytest.approx(1)
