@@ -159,10 +159,8 @@ def _gap_closed(cells: Sequence[dict[str, Row]], policy: str) -> dict[str, float
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Hit rates by size of the pool, a picture a trace, where matplotlib is installed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print('no picture: install the extra "bench" for matplotlib')
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return
     rates: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:

@@ -45,8 +45,8 @@ class Policy(NamedTuple):
 class LruFreeing(RkscStrategy):
     """LRU, with the pages of pruned branches freed at once: the plain half of the life cycle."""
 
-    def __init__(self, trim: int = 0) -> None:
-        super().__init__(trim=trim, tail=0)
+    def __init__(self) -> None:
+        super().__init__(trim=0)
 
     def get_priority(self, node: Any) -> tuple[float, ...]:
         assert self.life_cycle is not None

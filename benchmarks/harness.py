@@ -244,6 +244,19 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
     return result
 
 
+def pyplot() -> Any:
+    """Matplotlib's, for pictures in files; None, and a word about it, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no picture: install the extra "bench" for matplotlib')
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def without_folders(value: Any) -> Any:
     """Paths inside of a value, by their names alone: where files are is nobody's business."""
     if isinstance(value, Mapping):

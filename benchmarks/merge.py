@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,10 @@ import numpy as np
 import sglang as sgl
 from rich.console import Console
 from rich.progress import track
-from scipy.optimize import minimize
-from scipy.stats import rankdata
 
 import rksc_sglang as rksc
 from benchmarks import harness
-from benchmarks.harness import BenchmarkError, Row
+from benchmarks.harness import Row
 from benchmarks.merge_replay import (
     Outcome,
     at_random,
@@ -41,12 +38,13 @@ from benchmarks.merge_replay import (
 )
 from benchmarks.programs.interface import Mechanisms, Settings
 from benchmarks.programs.search import Groups, Node, grow, search
-from benchmarks.statistics import mean_interval, paired_ratio
+from benchmarks.reasoner import on_reasoner
+from benchmarks.statistics import auc, mean_gain, paired_ratio
 from rksc_sglang.asks.alike import SIGNALS, Signal
-from rksc_sglang.cgee.calibration import TooLittleData, fixed_sequence
+from rksc_sglang.cgee.calibration import TooLittleData, fit_logistic, fixed_sequence
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.contract import KEY
-from rksc_sglang.models import ensure_model
+from rksc_sglang.lang.merging import FOLLOWING
 from rksc_sglang.models.dialogues import Turn, prompt_of
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
@@ -76,7 +74,7 @@ COMBINED = "combined"
 def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
     """A problem's branches, and what can be seen behind each of their lines."""
     asked = [problem.question] * (BRANCHES // 2)
-    asked += [f"{problem.question} {hint}" for hint in HINTS[: BRANCHES // 2]]
+    asked += [f"{problem.question} {hint}" for hint in HINTS]
     drawn = recorder.solve(problem.question, BRANCHES // 2, TEMPERATURE)
     drawn += [recorder.solve(text, 1, TEMPERATURE)[0] for text in asked[BRANCHES // 2 :]]
     branches = []
@@ -115,7 +113,7 @@ def probe(recorder: Recorder, question: str, head: str) -> dict[str, Any]:
             "custom_params": {KEY: contract},
         },
         "return_logprob": True,
-        "top_logprobs_num": 20,
+        "top_logprobs_num": FOLLOWING,
     }
     meta = recorder.post("/generate", body)["meta_info"]
     if not meta[KEY].get("signature"):
@@ -130,13 +128,6 @@ def probe(recorder: Recorder, question: str, head: str) -> dict[str, Any]:
 # Predictors
 
 
-def auc(scores: np.ndarray, same: np.ndarray) -> float:
-    """Chance that a pair that ends the same has the higher score."""
-    ranks = rankdata(scores)
-    yes, no = int(same.sum()), int((~same).sum())
-    return float((ranks[same].sum() - yes * (yes + 1) / 2) / (yes * no))
-
-
 def pairs_of(rows: Sequence[Row], split: str) -> tuple[np.ndarray, np.ndarray]:
     """Signals, [pairs, signals], and whether the pairs end the same."""
     found = [
@@ -148,14 +139,7 @@ def pairs_of(rows: Sequence[Row], split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_combination(values: np.ndarray, same: np.ndarray) -> list[float]:
     """Weights of the signals, and a bias: a logistic model of ending the same."""
-    x = np.hstack([values, np.ones((len(values), 1))])
-
-    def loss(weights: np.ndarray) -> float:
-        scores = x @ weights
-        mean = np.mean(np.logaddexp(0, scores) - same * scores)
-        return float(mean + 1e-4 * (weights**2).sum())
-
-    return minimize(loss, np.zeros(x.shape[1])).x.tolist()
+    return fit_logistic(np.hstack([values, np.ones((len(values), 1))]), same, 1e-4)
 
 
 def combination(weights: Sequence[float]) -> Signal:
@@ -184,11 +168,15 @@ def calibrate(rows: Sequence[Row], signal: Signal) -> float | None:
         return None
 
 
+def _points(a: Sequence[Outcome], b: Sequence[Outcome]) -> dict[str, float]:
+    """Accuracy of the ones over that of the others, in points."""
+    return mean_gain([100.0 * (one.right - other.right) for one, other in zip(a, b)])
+
+
 def _condition(before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str, Any]:
-    gain = mean_interval([100.0 * (a.right - b.right) for b, a in zip(before, after)])
     return {
         "accuracy": float(np.mean([a.right for a in after])),
-        "accuracy_delta": {"value": gain.pop("mean"), **gain},
+        "accuracy_delta": _points(after, before),
         "majority_changed_rate": float(
             np.mean([a.answer != b.answer for b, a in zip(before, after)])
         ),
@@ -202,8 +190,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     weights = fit_combination(*pairs_of(rows, "calibration"))
     signals: dict[str, Signal] = {**SIGNALS, COMBINED: combination(weights)}
     values, same = pairs_of(rows, "test")
-    aucs = {name: auc(values[:, place], same) for place, name in enumerate(SIGNALS)}
-    aucs[COMBINED] = auc(values @ np.array(weights[:-1]), same)
+    aucs = {
+        name: auc(values[:, place].tolist(), same.tolist()) for place, name in enumerate(SIGNALS)
+    }
+    aucs[COMBINED] = auc((values @ np.array(weights[:-1])).tolist(), same.tolist())
     groups = [row["branches"] for row in rows if row["workload"] == "test"]
     before = [replay(group) for group in groups]
     conditions: dict[str, Any] = {}
@@ -236,10 +226,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     conditions["at_random"] = _condition(before, [replay(g, at_random(rate, rng)) for g in groups])
     fewer = [fewer_branches(g, merged.tokens) for g, merged in zip(groups, chosen)]
     conditions["fewer_branches"] = _condition(before, fewer)
-    against = mean_interval([100.0 * (a.right - b.right) for a, b in zip(chosen, fewer)])
     keys = ("tokens_saved", "kv_peak_ratio", "majority_changed_rate", "accuracy_delta")
     summary |= {key: conditions[best][key] for key in keys}
-    summary["vs_fewer_branches"] = {"value": against.pop("mean"), **against}
+    summary["vs_fewer_branches"] = _points(chosen, fewer)
     return summary
 
 
@@ -324,10 +313,9 @@ def _live(rows: Sequence[Row]) -> dict[str, Any]:
         slow, fast = harness.pairs(rows, name, "seconds", "plain", "merge")
         right = harness.pairs(rows, name, "right", "merge", "plain")
         tokens = harness.pairs(rows, name, "tokens", "merge", "plain")
-        gain = mean_interval([100.0 * (a - b) for a, b in zip(*right)])
         found[name] = {
             "speedup": paired_ratio(slow, fast),
-            "accuracy_delta": {"value": gain.pop("mean"), **gain},
+            "accuracy_delta": mean_gain([100.0 * (a - b) for a, b in zip(*right)]),
             "tokens_saved": 1 - sum(tokens[0]) / sum(tokens[1]),
         }
     return {"live": found, **({"speedup": found["vote"]["speedup"]} if "vote" in found else {})}
@@ -351,16 +339,7 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
-    args = parser.parse_args()
-    model = args.model_path or str(ensure_model("reasoner"))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            rows = measure(args, model, Path(folder))
-        except RecordError as error:
-            raise BenchmarkError(str(error)) from error
-    result = harness.make_result("benchmarks.merge", args, rows, ["reasoning-gym"])
+    args, result = on_reasoner("benchmarks.merge", __doc__, measure)
     harness.report(result, args.json)
 
 

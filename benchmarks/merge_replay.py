@@ -49,6 +49,11 @@ def points_of(sample: Sample) -> int:
     return len(sample["probes"])
 
 
+def lines_of(samples: Sequence[Sample]) -> range:
+    """Lines behind which some of a problem's branches may be merged, from 1 on."""
+    return range(1, 1 + max(map(points_of, samples), default=0))
+
+
 def thought_at(sample: Sample, line: int) -> Thought:
     """The branch behind its first ``line`` lines, of at least one."""
     lines = sample["text"].splitlines()[:line]
@@ -60,7 +65,7 @@ def thought_at(sample: Sample, line: int) -> Thought:
 
 def sibling_pairs(samples: Sequence[Sample]) -> Iterator[tuple[dict[str, float], bool]]:
     """Every signal between two siblings behind the same line, and whether they end the same."""
-    for line in range(1, 1 + max(map(points_of, samples), default=0)):
+    for line in lines_of(samples):
         there = [s for s in samples if points_of(s) >= line and s["answer"] is not None]
         thoughts = [thought_at(sample, line) for sample in there]
         for i, a in enumerate(thoughts):
@@ -95,15 +100,8 @@ def replay(samples: Sequence[Sample], decide: Decide | None = None) -> Outcome:
     """One problem's branches, merged as ``decide`` says; never, without it."""
     weights = [1] * len(samples)
     ends = [sample["tokens"] for sample in samples]
-    for line in range(1, 1 + max(map(points_of, samples), default=0)) if decide else ():
-        thoughts = [
-            thought_at(sample, line) if weight and points_of(sample) >= line else None
-            for sample, weight in zip(samples, weights)
-        ]
-        for duplicate in decide(thoughts) if decide else ():
-            weights[duplicate.of] += weights[duplicate.place]
-            weights[duplicate.place] = 0
-            ends[duplicate.place] = samples[duplicate.place]["ends"][line - 1]
+    if decide is not None:
+        _merge(samples, decide, weights, ends)
     votes: Counter[str] = Counter()
     for sample, weight in zip(samples, weights):
         if weight and sample["answer"] is not None:
@@ -112,6 +110,19 @@ def replay(samples: Sequence[Sample], decide: Decide | None = None) -> Outcome:
     right = any(s["right"] for s in samples if s["answer"] == answer and answer is not None)
     gone = [not weight for weight in weights]
     return Outcome(answer, right, sum(ends), _peak(ends, gone), sum(gone))
+
+
+def _merge(samples: Sequence[Sample], decide: Decide, weights: list[int], ends: list[int]) -> None:
+    """Move the votes, and end the branches that are merged, line by line."""
+    for line in lines_of(samples):
+        thoughts = [
+            thought_at(sample, line) if weight and points_of(sample) >= line else None
+            for sample, weight in zip(samples, weights)
+        ]
+        for duplicate in decide(thoughts):
+            weights[duplicate.of] += weights[duplicate.place]
+            weights[duplicate.place] = 0
+            ends[duplicate.place] = samples[duplicate.place]["ends"][line - 1]
 
 
 def _peak(ends: Sequence[int], gone: Sequence[bool]) -> int:

@@ -8,6 +8,7 @@ telling easy problems from hard ones earns nothing.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import tempfile
@@ -24,7 +25,7 @@ from rich.progress import track
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
-from benchmarks.statistics import mean_interval
+from benchmarks.statistics import mean_gain
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, check, extract_answer, problems
@@ -107,8 +108,7 @@ def _gain(
     rows: Sequence[Row], a: Callable[[Row], Any], b: Callable[[Row], Any]
 ) -> dict[str, float]:
     """Mean of ``a - b`` over problems, with its interval."""
-    gain = mean_interval([float(bool(a(row))) - float(bool(b(row))) for row in rows])
-    return {"value": gain.pop("mean"), **gain}
+    return mean_gain([float(bool(a(row))) - float(bool(b(row))) for row in rows])
 
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def measure_speed(recorder: Recorder, drawn: Sequence[Problem]) -> Row:
     return {"workload": "speed", "condition": "reasoner", "tokens_per_s": tokens / seconds}
 
 
-def measure(url: str, count: int, seed: int) -> Iterator[Row]:
+def ask_all(url: str, count: int, seed: int) -> Iterator[Row]:
     recorder = Recorder(url)
     stream = problems("test", seed)
     for _ in range(3):
@@ -181,23 +181,39 @@ def measure(url: str, count: int, seed: int) -> Iterator[Row]:
         yield from track(answered, "asking", total=count, console=Console(stderr=True))
 
 
-def main() -> None:
-    parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
-    args = parser.parse_args()
+def on_reasoner(
+    module: str, doc: str | None, measure: Callable[[argparse.Namespace, str, Path], list[Row]]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line of a benchmark of the reasoner, or of ``--model-path``, and its result.
+
+    Args:
+        measure: gives the rows; called with the command line, the model and a scratch folder.
+
+    Raises:
+        BenchmarkError: the server could not be asked.
+    """
+    command = harness.parser(doc or "")
+    command.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
+    args = command.parse_args()
     model = args.model_path or str(ensure_model("reasoner"))
-    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "off"]
-    flags += ["--max-total-tokens", "65536"]
-    with (
-        tempfile.TemporaryDirectory() as logs,
-        ServerProcess(flags, log=Path(logs) / "server.log") as server,
-    ):
-        server.wait_ready()
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            rows = list(measure(server.url, 120 if args.quick else 1200, args.seed))
+            rows = measure(args, model, Path(folder))
         except RecordError as error:
             raise BenchmarkError(str(error)) from error
-    result = harness.make_result("benchmarks.reasoner", args, rows, ["reasoning-gym"])
+    return args, harness.make_result(module, args, rows, ["reasoning-gym"])
+
+
+def measure(args: argparse.Namespace, model: str, folder: Path) -> list[Row]:
+    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "off"]
+    flags += ["--max-total-tokens", "65536"]
+    with ServerProcess(flags, log=folder / "server.log") as server:
+        server.wait_ready()
+        return list(ask_all(server.url, 120 if args.quick else 1200, args.seed))
+
+
+def main() -> None:
+    args, result = on_reasoner("benchmarks.reasoner", __doc__, measure)
     harness.report(result, args.json)
 
 

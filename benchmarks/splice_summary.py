@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.splice_cases import ADVERSARIAL, HINT, LENGTH, ORDER, PERSONA, VERIFIER
-from benchmarks.statistics import mean_interval, paired_ratio
+from benchmarks.statistics import auc, mean_interval, paired_ratio
 from rksc_sglang.contract import DOUBTED
 
 FAMILIES = (PERSONA, VERIFIER, HINT, ORDER, ADVERSARIAL)
@@ -220,16 +220,6 @@ PREDICTORS: dict[str, Callable[[Row], float]] = {
 }
 
 
-def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
-    """Chance that a positive scores higher than a negative; ties count half."""
-    mask = np.asarray(positive)
-    high, low = np.asarray(scores)[mask], np.asarray(scores)[~mask]
-    if not high.size or not low.size:
-        return None
-    differences = np.sign(high[:, None] - low[None, :])
-    return float((differences.mean() + 1) / 2)
-
-
 def gate_aucs(measured: Sequence[Row]) -> dict[str, Any]:
     """How well each predictor tells splices of KL up to the median from those above.
 
@@ -330,10 +320,8 @@ def length_curve(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """A picture of the curves, where matplotlib is installed."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print('no picture of the curves: install the extra "bench" for matplotlib')
+    pyplot = harness.pyplot()
+    if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     panels = (

@@ -1,10 +1,11 @@
-"""Ratios of medians over pairs, and means, with bootstrap intervals."""
+"""Ratios of medians over pairs, and means, with bootstrap intervals; areas under curves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 RESAMPLES = 4000
 
@@ -51,6 +52,26 @@ def mean_interval(values: Sequence[float]) -> dict[str, float]:
     picks = np.random.default_rng(0).integers(0, array.size, size=(RESAMPLES, array.size))
     means = array[picks].mean(axis=1)
     return {"mean": float(array.mean()), **_interval(means)}
+
+
+def mean_gain(values: Sequence[float]) -> dict[str, float]:
+    """As :func:`mean_interval`, with the mean as ``value``: a gain, in a summary."""
+    found = mean_interval(values)
+    return {"value": found.pop("mean"), **found}
+
+
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """Chance that a positive scores higher than a negative; ties count half.
+
+    Returns:
+        None where there are not both.
+    """
+    mask = np.asarray(positive, dtype=bool)
+    yes, no = int(mask.sum()), int((~mask).sum())
+    if not yes or not no:
+        return None
+    ranks = rankdata(scores)
+    return float((ranks[mask].sum() - yes * (yes + 1) / 2) / (yes * no))
 
 
 def _interval(resampled: np.ndarray) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.statistics import geometric_mean_ratio, mean_interval
+from benchmarks.statistics import geometric_mean_ratio, mean_gain, mean_interval
 
 #: Where a token costs what it costs: speed is judged on it wherever it was measured.
 SPEED_MODEL = "smollm2"
@@ -121,8 +121,8 @@ def accuracy_delta(rows: Sequence[Row], a: str, b: str) -> dict[str, float] | No
             deltas[problem].append(100 * (found[a] - found[b]))
     if not deltas:
         return None
-    delta = mean_interval([float(np.mean(values)) for values in deltas.values()])
-    return {"value": delta.pop("mean"), **delta, "problems": len(deltas)}
+    delta = mean_gain([float(np.mean(values)) for values in deltas.values()])
+    return {**delta, "problems": len(deltas)}
 
 
 def _percentiles(rows: Iterable[Row]) -> dict[str, float]:

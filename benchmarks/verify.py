@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +26,9 @@ from rich.progress import track
 from scipy.stats import beta, binom
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkError, Row
-from benchmarks.statistics import mean_interval, paired_ratio
+from benchmarks.harness import Row
+from benchmarks.reasoner import on_reasoner
+from benchmarks.statistics import mean_gain, paired_ratio
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.calibrate import FIT_SHARE, lens_layers
 from rksc_sglang.cgee.calibration import (
@@ -45,9 +45,8 @@ from rksc_sglang.cgee.calibration import (
 )
 from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.profile import ExitProfile, update_profile
-from rksc_sglang.cgee.record import Recorder, RecordError
+from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
-from rksc_sglang.models import ensure_model
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -258,7 +257,6 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         float(o["right"]) - float(majority_of(row["branches"]))
         for o, row in zip(conditions["all"], test)
     ]
-    gain = mean_interval(more)
     timing = [row for row in rows if row["workload"] == "timing"]
     speeds = {name: _speed(timing, name) for name in ("forward_seconds", "wall_seconds")}
     return {
@@ -273,7 +271,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "cgee_error_upper95": table["all"]["error_upper95"],
         "cgee_error_rate_split": table["all"]["split"]["error_rate"],
         "mended": table["all"]["mended"],
-        "accuracy_vs_more_branches": {"value": gain.pop("mean"), **gain},
+        "accuracy_vs_more_branches": mean_gain(more),
         "layers_saved": 1 - table["all"]["cost"],
         "tokens_saved": 1 - table["all"]["generated"],
         "calibration_held": int(all(point["errors"] <= point["most"] for point in held)),
@@ -366,12 +364,10 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against the layers computed, for all conditions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Accuracy against the layers computed, for all conditions, where matplotlib is installed."""
+    pyplot = harness.pyplot()
+    if pyplot is None:
+        return
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, condition in summary["conditions"].items():
         axes.scatter(condition["cost"], condition["accuracy"], label=name)
@@ -383,16 +379,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = harness.parser(__doc__ or "")
-    parser.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
-    args = parser.parse_args()
-    model = args.model_path or str(ensure_model("reasoner"))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            rows = measure(args, model, Path(folder))
-        except RecordError as error:
-            raise BenchmarkError(str(error)) from error
-    result = harness.make_result("benchmarks.verify", args, rows, ["reasoning-gym"])
+    args, result = on_reasoner("benchmarks.verify", __doc__, measure)
     if args.json:
         # Half an hour's rows are kept even where they make no summary.
         args.json.parent.mkdir(parents=True, exist_ok=True)

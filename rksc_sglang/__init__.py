@@ -26,19 +26,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "RkscConfig": "rksc_sglang.config",
-    "BranchGroup": "rksc_sglang.lang",
-    "Merge": "rksc_sglang.lang",
-    "MergeError": "rksc_sglang.lang",
-    "MergeRule": "rksc_sglang.lang",
-    "Think": "rksc_sglang.lang",
-    "Verdict": "rksc_sglang.lang",
-    "VerifyError": "rksc_sglang.lang",
-    "fork": "rksc_sglang.lang",
-    "gen_verdict": "rksc_sglang.lang",
-    "verify": "rksc_sglang.lang",
-}
 __all__ = [
     "BranchGroup",
     "Merge",
@@ -52,6 +39,7 @@ __all__ = [
     "gen_verdict",
     "verify",
 ]
+_HOMES = dict.fromkeys(__all__, "rksc_sglang.lang") | {"RkscConfig": "rksc_sglang.config"}
 
 
 def __getattr__(name: str) -> Any:

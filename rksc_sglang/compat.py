@@ -7,6 +7,7 @@ fails, so every one is checked: on the class before the model loads, on the live
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 import threading
@@ -186,6 +187,7 @@ EXTENSIONS = {
 }
 
 
+@functools.cache
 def has_extension(name: str) -> bool:
     """Whether this SGLang has one of :data:`EXTENSIONS`."""
     try:
@@ -196,7 +198,7 @@ def has_extension(name: str) -> bool:
 
 
 def extensions() -> dict[str, str]:
-    """What is used at each of :data:`EXTENSIONS`, for status page and banner."""
+    """What is used at each of :data:`EXTENSIONS`, for the status page."""
     return {
         name: "extension point" if has_extension(name) else extension.stand_in
         for name, extension in EXTENSIONS.items()

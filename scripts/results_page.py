@@ -101,8 +101,7 @@ SECTIONS = (
     Section(
         "reasoner",
         "The reasoner",
-        "Our small model on problems that it has not seen; it is what votes and verdicts are "
-        "measured on.",
+        "Our small model on problems that it has not seen. It solves, and does not judge yet.",
         {
             "greedy_accuracy": "0.4 to 0.9",
             "majority8_gain": "at least 0.03",

@@ -283,13 +283,24 @@ def fit_chance(groups: Sequence[Group]) -> tuple[float, float, float, float]:
     known = [(e, group) for group in groups if (e := evidence_of(group)).leader is not None]
     x = np.array([[e.share, e.support, e.top - e.second, 1.0] for e, _ in known])
     y = np.array([group[e.leader].right for e, group in known], dtype=float)
+    share, support, lead, bias = fit_logistic(x, y, 1e-3)
+    return share, support, lead, bias
+
+
+def fit_logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> list[float]:
+    """Weights of a logistic model.
+
+    Args:
+        x: [n, features], with a column of ones for the bias.
+        y: [n] whether it is so.
+        penalty: on the sum of the squared weights.
+    """
 
     def loss(weights: np.ndarray) -> float:
         scores = x @ weights
-        return float(np.mean(np.logaddexp(0, scores) - y * scores) + 1e-3 * (weights**2).sum())
+        return float(np.mean(np.logaddexp(0, scores) - y * scores) + penalty * (weights**2).sum())
 
-    share, support, lead, bias = minimize(loss, np.zeros(4)).x.tolist()
-    return share, support, lead, bias
+    return minimize(loss, np.zeros(x.shape[1])).x.tolist()
 
 
 def calibrate_skip(

@@ -1,7 +1,7 @@
 """``python -m rksc_sglang.demo``: questions, branches, votes and verdicts on a server of its own.
 
-SmolLM2 answers questions, with RKSC and then with the radix cache off; the reasoner, which can tell
-right solutions from wrong ones, solves problems.
+SmolLM2 answers questions, with RKSC and then with the radix cache off; the reasoner, a small model
+of our own, solves problems.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="quickstart.sh",
         description="Starts a server with an embedded model, has it answer questions in several "
         "branches each, verifies and votes, then does the same with the radix cache off; then "
-        "another model, trained to solve problems and to judge solutions, does its own.",
+        "another model, trained to solve problems, does its own.",
     )
     parser.add_argument(
         "--questions",
@@ -197,7 +197,7 @@ def run_demo(args: argparse.Namespace) -> int:
     try:
         passes: list[Pass] = []
         for model in models:
-            # The reasoner's pass is about its verdicts: one is enough.
+            # The reasoner's pass is about its solutions: one is enough.
             off = model == "smollm2" and not args.skip_cache_off
             for flags in (EXACT, CACHE_OFF)[: 2 if off else 1]:
                 log = logs / f"server-{len(passes)}.log"

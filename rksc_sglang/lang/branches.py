@@ -56,13 +56,15 @@ class BranchGroup(ProgramStateGroup):
 
         Branches that were merged into others get nothing more.
         """
-        away = {merge.branch for merge in self.merged}
-        if not away:
-            return super().__iadd__([other] * len(self) if isinstance(other, str) else other)
+        other = [other] * len(self) if isinstance(other, str) else other
+        if not self.merged:
+            return super().__iadd__(other)
         for branch, state in enumerate(self.states):
-            if branch not in away:
-                one = other(branch) if callable(other) else other
-                state += one[branch] if isinstance(one, list | tuple) else one
+            if self.weights[branch]:
+                if isinstance(other, list | tuple):
+                    state += other[branch]
+                else:
+                    state += other(branch) if callable(other) else other
         return self
 
     @property

@@ -28,9 +28,8 @@ def settle(state: ProgramState) -> Exception | None:
         What it failed with, or None.
     """
     executor = state.stream_executor
-    if executor.use_thread:
-        while executor.error_ is None and executor.queue.unfinished_tasks:
-            time.sleep(_POLL_SECONDS)
+    while not _is_settled(executor):
+        time.sleep(_POLL_SECONDS)
     return executor.error_
 
 
@@ -39,9 +38,13 @@ def as_settled(states: Sequence[ProgramState]) -> Iterator[int]:
     waiting = dict(enumerate(state.stream_executor for state in states))
     while waiting:
         for number, executor in list(waiting.items()):
-            running = executor.use_thread and executor.queue.unfinished_tasks
-            if executor.error_ is not None or not running:
+            if _is_settled(executor):
                 del waiting[number]
                 yield number
         if waiting:
             time.sleep(_POLL_SECONDS)
+
+
+def _is_settled(executor: Any) -> bool:
+    running = executor.use_thread and executor.queue.unfinished_tasks
+    return executor.error_ is not None or not running

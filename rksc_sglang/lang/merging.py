@@ -49,6 +49,11 @@ class Merge:
     similarity: float
 
 
+def last_line(text: str) -> str | None:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
 @dataclass(frozen=True)
 class MergeRule:
     """When two partial thoughts are the same.
@@ -56,23 +61,18 @@ class MergeRule:
     Attributes:
         by: a signal of :data:`rksc_sglang.asks.alike.SIGNALS`.
         threshold: least value of it; None: 1, which is for ``state`` alone.
-        extract: what a thought comes down to, for ``state``; its last line where it is None.
+        extract: what a thought comes down to, for ``state``; None: nothing can be said.
     """
 
     by: str = "state"
     threshold: float | None = None
-    extract: Callable[[str], Hashable | None] | None = None
+    extract: Callable[[str], Hashable | None] = last_line
 
     def __post_init__(self) -> None:
         if self.by not in SIGNALS:
             raise MergeError(f"by: expected one of {', '.join(SIGNALS)}, got {self.by!r}")
         if self.threshold is None and self.by != "state":
             raise MergeError(f"threshold: is needed with by={self.by!r}")
-
-
-def last_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else None
 
 
 def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
@@ -87,7 +87,7 @@ def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
         if branch in group.stopped or settle(state) is not None or var not in state:
             return None
         text = state[var]
-        thought = Thought(text, (rule.extract or last_line)(text))
+        thought = Thought(text, rule.extract(text))
         return _probe(state, thought, rule) if rule.by in PROBED else thought
 
     with ThreadPoolExecutor(len(group)) as pool:
@@ -108,18 +108,8 @@ def _probe(state: ProgramState, thought: Thought, rule: MergeRule) -> Thought:
         raise MergeError(f"by={rule.by!r} needs an SGLang server")
     contract = contract_of_executor(executor) or RequestContract()
     contract = replace(contract, signature=rule.by == "sigma" or None)
-    meta = server.post(
-        "/generate",
-        {
-            "text": executor.text_,
-            "sampling_params": {
-                "max_new_tokens": 1,
-                "temperature": 0,
-                "custom_params": {KEY: contract.to_dict()},
-            },
-            "return_logprob": True,
-            "top_logprobs_num": FOLLOWING,
-        },
+    meta = server.generate(
+        executor.text_, contract, return_logprob=True, top_logprobs_num=FOLLOWING
     )["meta_info"]
     following = {token: math.exp(value) for value, token, _ in meta["output_top_logprobs"][0]}
     info: dict[str, Any] = meta.get(KEY) or {}

@@ -236,7 +236,9 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     pieces: list[Any] = []  # meta_info of each
 
     def generate(thought: str, count: int) -> Piece:
-        piece = _generate(server, executor, prompt + thought, count, how, asked)
+        # Up to the marker, or the end of the verifier's turn.
+        stop = [how.marker, *executor.chat_template.stop_str]
+        piece = server.generate(prompt + thought, asked, count, stop)
         pieces.append(piece["meta_info"])
         ended = piece["meta_info"]["finish_reason"]["type"] != "length"
         return Piece(piece["text"], piece["meta_info"]["completion_tokens"], ended)
@@ -253,24 +255,6 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     )
 
 
-def _generate(
-    server: Server,
-    executor: StreamExecutor,
-    text: str,
-    count: int,
-    how: Think,
-    contract: RequestContract,
-) -> Any:
-    """Continue a thought, up to the marker or the end of the verifier's turn."""
-    params = {
-        "max_new_tokens": count,
-        "temperature": 0,
-        "stop": [how.marker, *executor.chat_template.stop_str],
-        "custom_params": {KEY: contract.to_dict()},
-    }
-    return server.post("/generate", {"text": text, "sampling_params": params})
-
-
 def _read_labels(
     server: Server,
     text: str,
@@ -279,19 +263,7 @@ def _read_labels(
     contract: RequestContract,
 ) -> LabelScores:
     """The labels' probabilities as the next token of a text."""
-    answer = server.post(
-        "/generate",
-        {
-            "text": text,
-            "sampling_params": {
-                "max_new_tokens": 1,
-                "temperature": 0,
-                "custom_params": {KEY: contract.to_dict()},
-            },
-            "return_logprob": True,
-            "token_ids_logprob": list(tokens),
-        },
-    )
+    answer = server.generate(text, contract, return_logprob=True, token_ids_logprob=list(tokens))
     meta = answer["meta_info"]
     by_token = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
     logprobs = tuple(by_token[token] for token in tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sglang.lang.backend.base_backend import BaseBackend
@@ -13,6 +13,7 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
 from rksc_sglang.cgee.skip_gate import CalibratedGate
+from rksc_sglang.contract import KEY, RequestContract
 
 
 class ServerError(RuntimeError):
@@ -65,6 +66,31 @@ class Server:
         if answer.status_code != 200:
             raise ServerError(f"POST {path} answered {answer.status_code}: {answer.text}")
         return answer.json()
+
+    def generate(
+        self,
+        text: str,
+        contract: RequestContract,
+        max_tokens: int = 1,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Any:
+        """Continue a text greedily, by one token if not said otherwise; the answer's JSON.
+
+        Args:
+            options: further keys of SGLang's ``/generate``.
+
+        Raises:
+            ServerError: as :meth:`post`.
+        """
+        params: dict[str, Any] = {
+            "max_new_tokens": max_tokens,
+            "temperature": 0,
+            "custom_params": {KEY: contract.to_dict()},
+        }
+        if stop:
+            params["stop"] = list(stop)
+        return self.post("/generate", {"text": text, "sampling_params": params, **options})
 
     def tokenize(self, prompts: list[str]) -> list[list[int]]:
         """Token ids of each prompt, without special tokens added around it."""

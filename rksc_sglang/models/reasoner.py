@@ -1,4 +1,4 @@
-"""The reasoner, a small Llama that solves problems and judges solutions; its weights come along.
+"""The reasoner, a small Llama that solves problems; its weights come along.
 
 Trained by ``scripts/train_reasoner.py``; ``weights/reasoner/README.md`` is its model card.
 """

@@ -73,7 +73,7 @@ class RkscStrategy(EvictionStrategy):
         self.now = max((leaf.last_access_time for leaf in leaves), default=0.0) + 1
 
     def in_units_of(self, tokens: int) -> None:
-        """Let a unit of a node's key be so many tokens: a whole page, or a public trace's block.
+        """Let one place in a node's key stand for so many tokens: a public trace's block.
 
         A tail that fills none is not worth one.
         """
@@ -136,7 +136,7 @@ class PaperStrategy(RkscStrategy):
     """
 
     def __init__(self) -> None:
-        super().__init__(mass=1.0, trim=0, tail=0)
+        super().__init__(mass=1.0, trim=0)
 
     def get_priority(self, node: UnifiedTreeNode) -> tuple[float, ...]:
         return (self.importance(node) / (depth_of(node) + 1),)

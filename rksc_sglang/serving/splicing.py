@@ -374,8 +374,10 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
     def add_one_req(
         self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
     ) -> AddReqResult:
-        if is_internal(req) or self.should_hold(req):
+        if is_internal(req):
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
+        if self.should_hold(req):
+            return AddReqResult.CONTINUE
         step = self._prepare(req)
         if isinstance(step, AddReqResult):
             self.on_held(req)

@@ -53,21 +53,26 @@ def create_rksc_tree_core(params: Any, components: Any) -> Any:
         #: Tokens that the eviction under way has still to free; the cache sets it.
         wanted = 0
 
-        def evict_device_start(self, *args: Any, **kwargs: Any) -> None:
+        @property
+        def _strategy(self) -> RkscStrategy | None:
             strategy = getattr(self, "eviction_strategy", None)  # the Rust core shows none
-            if isinstance(strategy, RkscStrategy):
-                strategy.begin(self.evictable_device_leaves)
+            return strategy if isinstance(strategy, RkscStrategy) else None
+
+        def evict_device_start(self, *args: Any, **kwargs: Any) -> None:
+            if self._strategy is not None:
+                self._strategy.begin(self.evictable_device_leaves)
             super().evict_device_start(*args, **kwargs)
 
         def evict_device_next_node(self, *args: Any, **kwargs: Any) -> Any:
             return self._observe(super().evict_device_next_node(*args, **kwargs))
 
         def evict_device_leaf(self, node_id: int, *args: Any, **kwargs: Any) -> Any:
-            strategy = getattr(self, "eviction_strategy", None)
-            if isinstance(strategy, RkscStrategy) and strategy.trim:
-                self._keep_head(self.node_by_id(node_id), strategy)
+            trims = self._strategy if self._strategy is not None and self._strategy.trim else None
+            if trims is not None:
+                self._keep_head(self.node_by_id(node_id), trims)
             result = super().evict_device_leaf(node_id, *args, **kwargs)
-            self.wanted -= result.tracker.get(ComponentType.FULL, 0)
+            if trims is not None:
+                self.wanted -= result.tracker.get(ComponentType.FULL, 0)
             return self._observe(result)
 
         def _keep_head(self, leaf: UnifiedTreeNode, strategy: RkscStrategy) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import merge
+from benchmarks.statistics import auc
 
 
 def branch(first, answer, right):
@@ -76,5 +77,5 @@ def test_without_a_signal_that_holds_the_risk_nothing_is_merged():
 
 def test_auc():
     same = np.array([True, False, True, False])
-    assert merge.auc(np.array([3.0, 1.0, 2.0, 0.0]), same) == 1
-    assert merge.auc(np.array([1.0, 1.0, 1.0, 1.0]), same) == 0.5
+    assert auc(np.array([3.0, 1.0, 2.0, 0.0]), same) == 1
+    assert auc(np.array([1.0, 1.0, 1.0, 1.0]), same) == 0.5
