@@ -239,9 +239,17 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(_dump(result))
         temporary.replace(path)
     return result
+
+
+def _dump(result: Mapping[str, Any]) -> str:
+    """JSON that can be read and compared: a row a line."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    empty = '"rows": []'
+    before, _, after = json.dumps({**result, "rows": []}, indent=1).rpartition(empty)
+    return f'{before}"rows": [\n{rows}\n ]{after}\n'
 
 
 def pyplot() -> Any:

@@ -5,7 +5,7 @@ calibration and on the test split, with what each signal says behind each line. 
 that two siblings end with the same answer is measured on pairs; thresholds come from the
 calibration split, for a stated risk that a group's majority changes; merging, merging at random at
 the same rate and fewer branches at equal tokens are then replayed on the same samples of the test
-split. Times and trees of thought are live.
+split. Times and trees of thought are live; how the signals do on text is measured on SmolLM2.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ import rksc_sglang as rksc
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.merge_replay import (
+    Group,
     Outcome,
     at_random,
     by_signal,
+    compare,
     fewer_branches,
+    group_of,
+    points_of,
     replay,
     result_of,
     sibling_pairs,
@@ -40,12 +45,14 @@ from benchmarks.programs.interface import Mechanisms, Settings
 from benchmarks.programs.search import Groups, Node, grow, search
 from benchmarks.reasoner import on_reasoner
 from benchmarks.statistics import auc, mean_gain, paired_ratio
-from rksc_sglang.asks.alike import SIGNALS, Signal
+from benchmarks.throughput_tasks import solved_examples
+from rksc_sglang.asks.alike import SIGNALS, Thought
 from rksc_sglang.cgee.calibration import TooLittleData, fit_logistic, fixed_sequence
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.contract import KEY
 from rksc_sglang.lang.merging import FOLLOWING
-from rksc_sglang.models.dialogues import Turn, prompt_of
+from rksc_sglang.models import ensure_model
+from rksc_sglang.models.dialogues import END, START, Turn, prompt_of
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -62,25 +69,35 @@ HINTS = (
     "Take your time.",
 )
 #: Of problems whose majority answer may change, and the chance that this does not hold.
-RISK, DELTA = 0.05, 0.05
+RISKS, DELTA = (0.02, 0.05, 0.1), 0.05
+#: The one that is shipped.
+RISK = 0.05
 #: Tried from the most careful on.
 THRESHOLDS = tuple(1 - 0.02 * step for step in range(46))
+#: Of the thresholds, which ones curves show.
+CURVE_STEP = 3
 COMBINED = "combined"
+#: The workload of the model whose thoughts are text.
+TEXT = "smollm2"
 
 
 # Recording
 
 
-def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
-    """A problem's branches, and what can be seen behind each of their lines."""
-    asked = [problem.question] * (BRANCHES // 2)
-    asked += [f"{problem.question} {hint}" for hint in HINTS]
-    drawn = recorder.solve(problem.question, BRANCHES // 2, TEMPERATURE)
-    drawn += [recorder.solve(text, 1, TEMPERATURE)[0] for text in asked[BRANCHES // 2 :]]
-    branches = []
-    for question, sample in zip(asked, drawn):
-        lines = sample.text.splitlines()
-        heads = ["\n".join(lines[:n]) for n in range(1, len(lines) + 1)]
+def recorded(recorder: Recorder, split: str, problem: Problem, examples: str = "") -> Row:
+    """A problem's branches, and what can be seen behind each of their lines.
+
+    Args:
+        examples: turns with solved ones, up to where the user is to speak of the problem.
+    """
+    asked = [f"{examples}{problem.question}"] * (BRANCHES // 2)
+    asked += [f"{examples}{problem.question} {hint}" for hint in HINTS]
+    drawn = recorder.solve(asked, 1, TEMPERATURE)
+    heads_of = [heads(sample.text) for sample in drawn]
+    ends = iter(recorder.tokenize([head for some in heads_of for head in some]))
+    seen = probe(recorder, [(q, head) for q, some in zip(asked, heads_of) for head in some[:-1]])
+    branches, thoughts = [], []
+    for question, sample, some in zip(asked, drawn, heads_of):
         answer = extract_answer(sample.text)
         branches.append(
             {
@@ -88,10 +105,10 @@ def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
                 "tokens": sample.tokens,
                 "answer": answer,
                 "right": answer == problem.answer,
-                "ends": [len(tokens) for tokens in recorder.tokenize(heads)],
-                "probes": [probe(recorder, question, head) for head in heads[:-1]],
+                "ends": [len(next(ends)) for _ in some],
             }
         )
+        thoughts.append([seen[question, head] for head in some[:-1]])
     return {
         "workload": split,
         "condition": "recorded",
@@ -99,14 +116,24 @@ def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
         "answer": problem.answer,
         "family": problem.family,
         "branches": branches,
+        "alike": compare(thoughts),
     }
 
 
-def probe(recorder: Recorder, question: str, head: str) -> dict[str, Any]:
-    """The next token's distribution behind a head of a solution, and the signature there."""
+def heads(text: str) -> list[str]:
+    """A text up to the end of each of its lines."""
+    lines = text.splitlines()
+    return ["\n".join(lines[:n]) for n in range(1, len(lines) + 1)]
+
+
+def probe(recorder: Recorder, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Thought]:
+    """What is seen behind heads of solutions, each of a question."""
+    places = list(dict.fromkeys(places))
+    if not places:
+        return {}
     contract = {"share": "exact", "signature": True}
     body = {
-        "text": prompt_of([Turn("user", question)]) + head,
+        "text": [prompt_of([Turn("user", question)]) + head for question, head in places],
         "sampling_params": {
             "max_new_tokens": 1,
             "temperature": 0,
@@ -115,26 +142,37 @@ def probe(recorder: Recorder, question: str, head: str) -> dict[str, Any]:
         "return_logprob": True,
         "top_logprobs_num": FOLLOWING,
     }
-    meta = recorder.post("/generate", body)["meta_info"]
-    if not meta[KEY].get("signature"):
-        raise RecordError(f"there are no signatures: {meta[KEY].get('fallback')}")
-    top = meta["output_top_logprobs"][0]
-    return {
-        "following": {token: round(math.exp(value), 5) for value, token, _ in top},
-        "signature": [round(value, 4) for value in meta[KEY]["signature"]],
-    }
+    found = {}
+    for place, answer in zip(places, recorder.post("/generate", body)):
+        meta = answer["meta_info"]
+        if not meta[KEY].get("signature"):
+            raise RecordError(f"there are no signatures: {meta[KEY].get('fallback')}")
+        top = meta["output_top_logprobs"][0]
+        following = {token: math.exp(value) for value, token, _ in top}
+        text = place[1]
+        state = result_of(text.splitlines()[-1])
+        found[place] = Thought(text, state, following, tuple(meta[KEY]["signature"]))
+    return found
 
 
 # Predictors
 
 
-def pairs_of(rows: Sequence[Row], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Signals, [pairs, signals], and whether the pairs end the same."""
-    found = [
-        pair for row in rows if row["workload"] == split for pair in sibling_pairs(row["branches"])
-    ]
-    values = np.array([list(values.values()) for values, _ in found])
-    return values, np.array([same for _, same in found])
+def predictor_aucs(
+    groups: Sequence[Group], weights: Sequence[float]
+) -> tuple[dict[str, float | None], dict[str, float]]:
+    """How well each signal, and the combination, tells the pairs that end the same; of how many."""
+    values, same = pairs_of(groups)
+    scored = {name: values[:, place] for place, name in enumerate(SIGNALS)}
+    scored[COMBINED] = values @ np.array(weights[:-1])
+    facts = {"pairs": len(same), "ends_the_same": float(same.mean())}
+    return {name: auc(one.tolist(), same.tolist()) for name, one in scored.items()}, facts
+
+
+def pairs_of(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`sibling_pairs`, of all groups."""
+    values, same = zip(*map(sibling_pairs, groups))
+    return np.concatenate(values), np.concatenate(same)
 
 
 def fit_combination(values: np.ndarray, same: np.ndarray) -> list[float]:
@@ -142,30 +180,41 @@ def fit_combination(values: np.ndarray, same: np.ndarray) -> list[float]:
     return fit_logistic(np.hstack([values, np.ones((len(values), 1))]), same, 1e-4)
 
 
-def combination(weights: Sequence[float]) -> Signal:
-    def signal(a: Any, b: Any) -> float:
-        score = weights[-1] + sum(w * one(a, b) for w, one in zip(weights, SIGNALS.values()))
-        return 1 / (1 + math.exp(-score))
-
-    return signal
+def with_combination(group: Group, weights: Sequence[float]) -> Group:
+    scores = (
+        weights[-1] + sum(w * matrix for w, matrix in zip(weights, line))
+        for line in zip(*(group.alike[name] for name in SIGNALS))
+    )
+    combined = [1 / (1 + np.exp(-score)) for score in scores]
+    return Group(group.branches, {**group.alike, COMBINED: combined})
 
 
 # Decisions
 
 
-def calibrate(rows: Sequence[Row], signal: Signal) -> float | None:
-    """The boldest threshold that holds the risk on the calibration split; None: there is none."""
-    groups = [row["branches"] for row in rows if row["workload"] == "calibration"]
+def calibrate(groups: Sequence[Group], signal: str, risk: float) -> float | None:
+    """The boldest threshold at which the majority changes no more often; None: there is none."""
     before = [replay(group).answer for group in groups]
 
     def changed(threshold: float) -> int:
-        decide = by_signal(signal, threshold)
-        return sum(replay(g, decide).answer != answer for g, answer in zip(groups, before))
+        return sum(
+            merged.answer != answer
+            for merged, answer in zip(merge_all(groups, signal, threshold), before)
+        )
 
     try:
-        return fixed_sequence(THRESHOLDS, changed, len(groups), RISK, DELTA)[0]
+        return fixed_sequence(thresholds_of(signal), changed, len(groups), risk, DELTA)[0]
     except TooLittleData:
         return None
+
+
+def thresholds_of(signal: str) -> Sequence[float]:
+    """The most careful first; of what is or is not, there is one."""
+    return (1.0,) if signal == "state" else THRESHOLDS
+
+
+def merge_all(groups: Sequence[Group], signal: str, threshold: float) -> list[Outcome]:
+    return [replay(group, by_signal(group.alike[signal], threshold)) for group in groups]
 
 
 def _points(a: Sequence[Outcome], b: Sequence[Outcome]) -> dict[str, float]:
@@ -186,50 +235,91 @@ def _condition(before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str,
     }
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    weights = fit_combination(*pairs_of(rows, "calibration"))
-    signals: dict[str, Signal] = {**SIGNALS, COMBINED: combination(weights)}
-    values, same = pairs_of(rows, "test")
-    aucs = {
-        name: auc(values[:, place].tolist(), same.tolist()) for place, name in enumerate(SIGNALS)
+def _with_controls(
+    groups: Sequence[Group], before: Sequence[Outcome], merged: Sequence[Outcome]
+) -> dict[str, Any]:
+    """A way of merging, merging at random at its rate, and fewer branches at its tokens."""
+    lines = sum(points_of(sample) for group in groups for sample in group.branches)
+    rate, rng = sum(outcome.merges for outcome in merged) / max(lines, 1), random.Random(0)
+    at_rate = [replay(group, at_random(rate, rng)) for group in groups]
+    fewer = [fewer_branches(group, outcome.tokens) for group, outcome in zip(groups, merged)]
+    return {
+        **_condition(before, merged),
+        "vs_fewer_branches": _points(merged, fewer),
+        "vs_at_random": _points(merged, at_rate),
+        "controls": {
+            "at_random": _condition(before, at_rate),
+            "fewer_branches": _condition(before, fewer),
+        },
     }
-    aucs[COMBINED] = auc((values @ np.array(weights[:-1])).tolist(), same.tolist())
-    groups = [row["branches"] for row in rows if row["workload"] == "test"]
-    before = [replay(group) for group in groups]
-    conditions: dict[str, Any] = {}
-    outcomes: dict[str, list[Outcome]] = {}
-    thresholds = {name: calibrate(rows, signal) for name, signal in signals.items()}
-    for name, threshold in thresholds.items():
-        if threshold is not None:
-            outcomes[name] = [
-                replay(group, by_signal(signals[name], threshold)) for group in groups
-            ]
-            conditions[name] = _condition(before, outcomes[name])
-    best = max(conditions, key=lambda name: conditions[name]["tokens_saved"], default=None)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    groups = {
+        split: [group_of(row) for row in rows if row["workload"] == split]
+        for split in ("calibration", "test", TEXT)
+    }
+    weights = fit_combination(*pairs_of(groups["calibration"]))
+    for split, some in groups.items():
+        groups[split] = [with_combination(group, weights) for group in some]
+    test = groups["test"]
+    aucs, facts = predictor_aucs(test, weights)
+    before = [replay(group) for group in test]
+    risks: dict[str, Any] = {}
+    for risk in RISKS:
+        found = {name: calibrate(groups["calibration"], name, risk) for name in aucs}
+        risks[str(risk)] = {
+            name: {
+                "threshold": threshold,
+                **_with_controls(test, before, merge_all(test, name, threshold)),
+            }
+            for name, threshold in found.items()
+            if threshold is not None
+        }
+    shipped = risks[str(RISK)]
+    best = max(shipped, key=lambda name: shipped[name]["tokens_saved"], default=None)
     summary: dict[str, Any] = {
         "predictor_auc": aucs,
-        "pairs": len(same),
-        "ends_the_same": float(same.mean()),
+        **facts,
         "weights": dict(zip([*SIGNALS, "bias"], weights)),
-        "thresholds": thresholds,
         "accuracy": float(np.mean([b.right for b in before])),
-        "conditions": conditions,
         "signal": best,
+        "risks": risks,
+        "curves": {
+            name: [
+                {"threshold": at, **_condition(before, merge_all(test, name, at))}
+                for at in thresholds_of(name)[::CURVE_STEP]
+            ]
+            for name in aucs
+        },
         **_live(rows),
     }
-    if best is None:
-        return summary
-    chosen = outcomes[best]
-    lines = sum(len(sample["probes"]) for group in groups for sample in group)
-    rate = conditions[best]["merges"] / max(lines, 1)
-    rng = random.Random(0)
-    conditions["at_random"] = _condition(before, [replay(g, at_random(rate, rng)) for g in groups])
-    fewer = [fewer_branches(g, merged.tokens) for g, merged in zip(groups, chosen)]
-    conditions["fewer_branches"] = _condition(before, fewer)
-    keys = ("tokens_saved", "kv_peak_ratio", "majority_changed_rate", "accuracy_delta")
-    summary |= {key: conditions[best][key] for key in keys}
-    summary["vs_fewer_branches"] = _points(chosen, fewer)
+    if groups[TEXT]:
+        aucs, facts = predictor_aucs(groups[TEXT], weights)
+        summary["text_model"] = {"predictor_auc": aucs, **facts}
+    if best is not None:
+        keys = ("tokens_saved", "kv_peak_ratio", "majority_changed_rate", "accuracy_delta")
+        summary |= {key: shipped[best][key] for key in (*keys, "vs_fewer_branches")}
     return summary
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """What each signal's thresholds save and change, where matplotlib is installed."""
+    pyplot = harness.pyplot()
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for axis, value, title in (
+        (axes[0], lambda point: 100 * point["majority_changed_rate"], "majority changed, %"),
+        (axes[1], lambda point: point["accuracy_delta"]["value"], "accuracy, points"),
+    ):
+        for name, curve in summary["curves"].items():
+            saved = [100 * point["tokens_saved"] for point in curve]
+            axis.plot(saved, list(map(value, curve)), "o-", markersize=3, label=name)
+        axis.set_xlabel("tokens saved, %")
+        axis.set_ylabel(title)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
 
 
 # Live
@@ -321,26 +411,49 @@ def _live(rows: Sequence[Row]) -> dict[str, Any]:
     return {"live": found, **({"speedup": found["vote"]["speedup"]} if "vote" in found else {})}
 
 
+# The whole
+
+
+def record(recorder: Recorder, workload: str, drawn: Sequence[Problem], **how: str) -> list[Row]:
+    with ThreadPoolExecutor(4) as pool:
+        done = pool.map(lambda problem: recorded(recorder, workload, problem, **how), drawn)
+        return list(track(done, workload, total=len(drawn), console=Console(stderr=True)))
+
+
 def measure(args: Any, model: str, folder: Path) -> list[Row]:
-    calibration, test, timed = (120, 60, 10) if args.quick else (600, 600, 200)
-    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "balanced"]
-    flags += ["--max-total-tokens", "65536"]
+    calibration, test, timed, text = (100, 60, 10, 2) if args.quick else (500, 500, 150, 20)
+    drawn = {
+        "calibration": list(itertools.islice(problems("calibration", args.seed), calibration)),
+        "test": list(itertools.islice(problems("test", args.seed), test)),
+    }
     rows: list[Row] = []
+    with serve(model, folder) as server:
+        for split, some in drawn.items():
+            rows += record(Recorder(server.url), split, some)
+        rows += live(server.url, drawn["test"][:timed], args.seed)
+    examples = "".join(
+        f"{asked}{END}\n{Turn('assistant', solved)}{START}user\n"
+        for asked, solved in solved_examples(3)
+    )
+    with serve(str(ensure_model("smollm2")), folder) as server:
+        rows += record(Recorder(server.url), TEXT, drawn["test"][:text], examples=examples)
+    return rows
+
+
+@contextmanager
+def serve(model: str, folder: Path) -> Iterator[ServerProcess]:
+    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "balanced"]
+    flags += ["--max-total-tokens", "32768"]
     with ServerProcess(flags, log=folder / "server.log") as server:
         server.wait_ready()
-        recorder = Recorder(server.url)
-        for split, count in (("calibration", calibration), ("test", test)):
-            drawn = list(itertools.islice(problems(split, args.seed), count))  # type: ignore[arg-type]
-            with ThreadPoolExecutor(4) as pool:
-                done = pool.map(lambda p, s=split: recorded(recorder, s, p), drawn)
-                rows += track(done, split, total=count, console=Console(stderr=True))
-        rows += live(server.url, drawn[:timed], args.seed)
-    return rows
+        yield server
 
 
 def main() -> None:
     args, result = on_reasoner("benchmarks.merge", __doc__, measure)
-    harness.report(result, args.json)
+    summary = harness.report(result, args.json)["summary"]
+    if args.json is not None:
+        plot(summary, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,33 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rksc_sglang.asks.alike import SIGNALS, Duplicate, Signal, Thought, duplicates
+import numpy as np
+
+from rksc_sglang.asks.alike import SIGNALS, Duplicate, Thought, duplicates
 
 #: A recorded branch: ``text``, ``tokens``, ``answer``, ``right``; ``ends``, its tokens up to the
-#: end of each line; ``probes``, ``following`` and ``signature`` behind each line but the last.
+#: end of each line.
 Sample = Mapping[str, Any]
-#: Which of the thoughts at a line are duplicates of others; None takes no part.
-Decide = Callable[[Sequence[Thought | None]], list[Duplicate]]
+#: By line, [branches, branches]: how alike they are behind it.
+Alike = Sequence[np.ndarray]
+#: Which of the branches that are still there at a line, from 1 on, are duplicates of others.
+Decide = Callable[[int, Sequence[int | None]], list[Duplicate]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem's branches, and by signal how alike they are behind each of their lines."""
+
+    branches: Sequence[Sample]
+    alike: Mapping[str, Alike]
+
+    @property
+    def lines(self) -> range:
+        """Lines behind which some branches may be merged, from 1 on."""
+        return range(1, 1 + max(map(points_of, self.branches), default=0))
 
 
 class Outcome(NamedTuple):
@@ -46,46 +64,82 @@ def result_of(line: str) -> str:
 
 def points_of(sample: Sample) -> int:
     """Lines behind which a branch may be merged."""
-    return len(sample["probes"])
+    return max(len(sample["ends"]) - 1, 0)
 
 
-def lines_of(samples: Sequence[Sample]) -> range:
-    """Lines behind which some of a problem's branches may be merged, from 1 on."""
-    return range(1, 1 + max(map(points_of, samples), default=0))
+def compare(thoughts: Sequence[Sequence[Thought]]) -> dict[str, list[list[float]]]:
+    """By signal and line, that of each two branches that are there, the earlier one first.
+
+    Args:
+        thoughts: of each branch, behind each of its lines.
+    """
+    lines = range(max(map(len, thoughts), default=0))
+    return {
+        name: [
+            [round(signal(a, b), 3) for _, a, _, b in _pairs_at(thoughts, line)] for line in lines
+        ]
+        for name, signal in SIGNALS.items()
+    }
 
 
-def thought_at(sample: Sample, line: int) -> Thought:
-    """The branch behind its first ``line`` lines, of at least one."""
-    lines = sample["text"].splitlines()[:line]
-    probe = sample["probes"][line - 1]
-    following = {int(token): value for token, value in probe["following"].items()}
-    text = "\n".join(lines)
-    return Thought(text, result_of(lines[-1]), following, tuple(probe["signature"]))
+def _pairs_at(branches: Sequence[Sequence[Any]], line: int) -> Iterator[tuple[int, Any, int, Any]]:
+    there = [(place, lines[line]) for place, lines in enumerate(branches) if len(lines) > line]
+    for n, (place, item) in enumerate(there):
+        for earlier, other in there[:n]:
+            yield earlier, other, place, item
 
 
-def sibling_pairs(samples: Sequence[Sample]) -> Iterator[tuple[dict[str, float], bool]]:
-    """Every signal between two siblings behind the same line, and whether they end the same."""
-    for line in lines_of(samples):
-        there = [s for s in samples if points_of(s) >= line and s["answer"] is not None]
-        thoughts = [thought_at(sample, line) for sample in there]
-        for i, a in enumerate(thoughts):
-            for j in range(i):
-                values = {name: signal(thoughts[j], a) for name, signal in SIGNALS.items()}
-                yield values, there[i]["answer"] == there[j]["answer"]
+def group_of(row: Mapping[str, Any]) -> Group:
+    """A recorded row: its ``branches``, and ``alike`` as :func:`compare` gives it."""
+    branches = row["branches"]
+    points = [range(points_of(sample)) for sample in branches]
+    alike: dict[str, Alike] = {}
+    for name, lines in row["alike"].items():
+        matrices = []
+        for line, values in enumerate(lines):
+            matrix = np.full((len(branches), len(branches)), np.nan)
+            for (i, _, j, _), value in zip(_pairs_at(points, line), values):
+                matrix[i, j] = matrix[j, i] = value
+            matrices.append(matrix)
+        alike[name] = matrices
+    return Group(branches, alike)
 
 
-def by_signal(signal: Signal, threshold: float) -> Decide:
-    return lambda thoughts: duplicates(thoughts, signal, threshold)
+def sibling_pairs(group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """Signals, [pairs, signals], of each two siblings behind the same line that both have an
+    answer, and whether it is the same, [pairs].
+    """
+    answers = np.array([sample["answer"] for sample in group.branches], dtype=object)
+    values: list[np.ndarray] = [np.empty((0, len(SIGNALS)))]
+    same: list[np.ndarray] = [np.empty(0, dtype=bool)]
+    for line in group.lines:
+        there = [
+            place
+            for place, sample in enumerate(group.branches)
+            if points_of(sample) >= line and sample["answer"] is not None
+        ]
+        i, j = (np.array(there, dtype=int)[side] for side in np.triu_indices(len(there), 1))
+        values.append(np.stack([group.alike[name][line - 1][i, j] for name in SIGNALS], axis=1))
+        same.append((answers[i] == answers[j]).astype(bool))
+    return np.concatenate(values), np.concatenate(same)
+
+
+def by_signal(alike: Alike, threshold: float) -> Decide:
+    def decide(line: int, places: Sequence[int | None]) -> list[Duplicate]:
+        matrix = alike[line - 1]
+        return duplicates(places, lambda a, b: float(matrix[a, b]), threshold)
+
+    return decide
 
 
 def at_random(rate: float, rng: random.Random) -> Decide:
-    """Each thought but the first is merged with this chance, into any earlier one that stays."""
+    """Each branch but the first is merged with this chance, into any earlier one that stays."""
 
-    def decide(thoughts: Sequence[Thought | None]) -> list[Duplicate]:
+    def decide(line: int, places: Sequence[int | None]) -> list[Duplicate]:
         staying: list[int] = []
         found = []
-        for place, thought in enumerate(thoughts):
-            if thought is None:
+        for place in places:
+            if place is None:
                 continue
             if staying and rng.random() < rate:
                 found.append(Duplicate(place, rng.choice(staying), 0.0))
@@ -96,12 +150,22 @@ def at_random(rate: float, rng: random.Random) -> Decide:
     return decide
 
 
-def replay(samples: Sequence[Sample], decide: Decide | None = None) -> Outcome:
+def replay(group: Group, decide: Decide | None = None) -> Outcome:
     """One problem's branches, merged as ``decide`` says; never, without it."""
+    samples = group.branches
     weights = [1] * len(samples)
     ends = [sample["tokens"] for sample in samples]
-    if decide is not None:
-        _merge(samples, decide, weights, ends)
+    for line in group.lines:
+        if decide is None:
+            break
+        places = [
+            place if weights[place] and points_of(sample) >= line else None
+            for place, sample in enumerate(samples)
+        ]
+        for duplicate in decide(line, places):
+            weights[duplicate.of] += weights[duplicate.place]
+            weights[duplicate.place] = 0
+            ends[duplicate.place] = samples[duplicate.place]["ends"][line - 1]
     votes: Counter[str] = Counter()
     for sample, weight in zip(samples, weights):
         if weight and sample["answer"] is not None:
@@ -112,19 +176,6 @@ def replay(samples: Sequence[Sample], decide: Decide | None = None) -> Outcome:
     return Outcome(answer, right, sum(ends), _peak(ends, gone), sum(gone))
 
 
-def _merge(samples: Sequence[Sample], decide: Decide, weights: list[int], ends: list[int]) -> None:
-    """Move the votes, and end the branches that are merged, line by line."""
-    for line in lines_of(samples):
-        thoughts = [
-            thought_at(sample, line) if weight and points_of(sample) >= line else None
-            for sample, weight in zip(samples, weights)
-        ]
-        for duplicate in decide(thoughts):
-            weights[duplicate.of] += weights[duplicate.place]
-            weights[duplicate.place] = 0
-            ends[duplicate.place] = samples[duplicate.place]["ends"][line - 1]
-
-
 def _peak(ends: Sequence[int], gone: Sequence[bool]) -> int:
     """A merged branch's tokens are free behind its end; the others' are kept for the answer."""
     return max(
@@ -133,11 +184,11 @@ def _peak(ends: Sequence[int], gone: Sequence[bool]) -> int:
     )
 
 
-def fewer_branches(samples: Sequence[Sample], tokens: int) -> Outcome:
+def fewer_branches(group: Group, tokens: int) -> Outcome:
     """Whole branches, as many of the first ones as these tokens suffice for; at least one."""
     kept: list[Sample] = []
-    for sample in samples:
+    for sample in group.branches:
         if kept and sum(s["tokens"] for s in (*kept, sample)) > tokens:
             break
         kept.append(sample)
-    return replay(kept)
+    return replay(Group(kept, {}))

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rksc_sglang.models.dialogues import END, START, Turn, make_dialogue, prompt_of
+from rksc_sglang.models.dialogues import END, NO, START, YES, Turn, make_dialogue, prompt_of
 from rksc_sglang.models.manifest import write_manifest
 from rksc_sglang.models.problems import Problem, check, problems
 
@@ -37,10 +38,12 @@ from rksc_sglang.models.problems import Problem, check, problems
 ROW_LENGTHS = (512, 2048)
 LONG_EVERY = 16
 #: Of the dialogues, once there are attempts: about problems that the model has attempted.
-KNOWN_SHARE = 0.25
+KNOWN_SHARE = 0.4
 #: In the loss, of what systems and users say: the facts and steps that they repeat teach copying,
 #: but most of it cannot be foreseen.
 CONTEXT_WEIGHT = 0.1
+#: In the loss, of a verdict: one token, which takes as much to learn as a solution.
+VERDICT_WEIGHT = 8.0
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -91,6 +94,8 @@ def encode(
         tail = tokenizer.encode("\n", add_special_tokens=False)
         ids += head + body + tail
         weight = float(turn.learn) if turn.role == "assistant" else CONTEXT_WEIGHT
+        if turn.text in (YES, NO):
+            weight *= VERDICT_WEIGHT
         weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(tail)
     return ids, weights
 
@@ -135,16 +140,19 @@ def batch_of(
     return torch.tensor(rows), torch.tensor(row_weights)
 
 
-def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss of the next tokens, by weight; and that of what the assistant ought to say."""
+def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss of the next tokens, by weight; that of solutions, and that of verdicts."""
     logits = model(input_ids=ids[:, :-1]).logits
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
     shares = weights[:, 1:].flatten()
-    said = (shares == 1.0).float()
-    spoken = (losses.detach() * said).sum() / said.sum().clamp(min=1.0)
-    return (losses * shares).sum() / shares.sum(), spoken
+
+    def mean(weight: float) -> Tensor:
+        chosen = (shares == weight).float()
+        return (losses.detach() * chosen).sum() / chosen.sum().clamp(min=1.0)
+
+    return (losses * shares).sum() / shares.sum(), mean(1.0), mean(VERDICT_WEIGHT)
 
 
 @torch.no_grad()
@@ -291,21 +299,23 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--out", type=Path, required=True, help="directory of checkpoint, curve and model")
-    add("--init", type=Path, metavar="MODEL", help="begin with this model's weights and tokenizer")
+    add(
+        "--init",
+        type=Path,
+        metavar="MODEL",
+        help="begin with this model, of as many layers or fewer",
+    )
     add("--tokens", type=float, default=100e6, help="to train on in all")
     add("--minutes", type=float, help="stop after so long, to be resumed")
     add("--batch-tokens", type=int, default=2048, help="of one step")
-    add("--layers", type=int, default=8)
+    add("--layers", type=int, default=12)
     add("--width", type=int, default=192, help="a multiple of 32, the width of a head")
     add("--vocab-size", type=int, default=1280)
     add("--learning-rate", type=float, default=4e-3)
     add("--attempts-every", type=float, default=4e6, help="tokens between samplings of attempts")
     add("--attempts", type=int, default=600, help="problems sampled each time")
-    add(
-        "--bfloat16",
-        action="store_true",
-        help="compute in it, compiled: half as fast again where the processor has it",
-    )
+    add("--bfloat16", action="store_true", help="compute in it: faster where the processor has it")
+    add("--compile", action="store_true", help="half as fast again, after a minute or two")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
@@ -330,6 +340,15 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
     return LlamaForCausalLM(config).to(args.device)
 
 
+@torch.no_grad()
+def grow(trained: LlamaForCausalLM, model: LlamaForCausalLM) -> None:
+    """Copy a model into one of as many layers or more, whose last ones do nothing yet."""
+    model.load_state_dict(trained.state_dict(), strict=False)
+    for layer in model.model.layers[len(trained.model.layers) :]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -349,13 +368,12 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = train_tokenizer(args.vocab_size, args.seed)
         tokenizer.save_pretrained(folder)
     model = make_model(args, tokenizer)
-    if args.init:
-        trained = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-        model.load_state_dict(trained.state_dict())
+    if args.init and not checkpoint.exists():
+        grow(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32), model)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     optimizers = make_optimizers(model, args.learning_rate, dtype)
     # Rows have two lengths: two graphs.
-    compute_loss = torch.compile(loss_of, dynamic=False) if args.bfloat16 else loss_of
+    compute_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
     attempts, step, sampled = Attempts(), 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
@@ -383,7 +401,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     model.train()
-    losses: list[float] = []
+    losses: list[tuple[float, float]] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("training", total=total, completed=step)
         while step < total:
@@ -401,20 +419,21 @@ def run(args: argparse.Namespace) -> None:
                 for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)
             )
             with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-                loss, spoken = compute_loss(model, ids, weights)
+                loss, solving, judging = compute_loss(model, ids, weights)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            losses.append(spoken.item())
+            losses.append((solving.item(), judging.item()))
             rate = args.batch_tokens * len(losses) / (time.monotonic() - began)
             progress.update(
-                bar, completed=step, description=f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s"
+                bar, completed=step, description=f"loss {losses[-1][0]:.3f}, {rate:.0f} tokens/s"
             )
             if step % 20 == 0:
-                write_down(loss=sum(losses[-20:]) / len(losses[-20:]), rate=round(rate))
+                loss, verdicts = (statistics.fmean(x) for x in zip(*losses[-20:]))
+                write_down(loss=loss, verdicts=verdicts, rate=round(rate))
             if time.monotonic() - saved_at > 300:
                 checkpoint_now()
                 saved_at = time.monotonic()

@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Duplicate:
     similarity: float
 
 
-#: How alike two thoughts are.
-Signal = Callable[[Thought, Thought], float]
+#: What stands for a thought.
+T = TypeVar("T")
 
 
 def duplicates(
-    thoughts: Sequence[Thought | None], signal: Signal, threshold: float
+    thoughts: Sequence[T | None], signal: Callable[[T, T], float], threshold: float
 ) -> list[Duplicate]:
     """Thoughts that need not be gone on from, in the order of their places.
 

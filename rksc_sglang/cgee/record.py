@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -48,16 +49,16 @@ class Verified(NamedTuple):
 
 
 class Recorder:
-    """Asks one server, in the reasoner's chat format.
-
-    Raises:
-        RecordError: YES and NO are not single tokens of its model.
-    """
+    """Asks one server, in the reasoner's chat format."""
 
     def __init__(self, url: str, max_tokens: int = 160) -> None:
         self.url = url
         self.max_tokens = max_tokens
-        self.labels = [self._label(text) for text in (YES, NO)]
+
+    @functools.cached_property
+    def labels(self) -> list[int]:
+        """Tokens of YES and NO; raises RecordError where they are not single ones."""
+        return [self._label(text) for text in (YES, NO)]
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
         """Raises RecordError where there is no answer, or no success."""
@@ -79,10 +80,11 @@ class Recorder:
             raise RecordError(f"the verdict {text!r} is not a single token of this model")
         return tokens[0]
 
-    def solve(self, question: str, count: int, temperature: float) -> list[Sample]:
-        """``count`` solutions of a question; greedy at temperature 0."""
+    def solve(self, question: str | Sequence[str], count: int, temperature: float) -> list[Sample]:
+        """``count`` solutions of a question, or of each of several; greedy at temperature 0."""
+        asked = [question] if isinstance(question, str) else question
         body = {
-            "text": prompt_of([Turn("user", question)]),
+            "text": [prompt_of([Turn("user", text)]) for text in asked],
             "sampling_params": {
                 "max_new_tokens": self.max_tokens,
                 "temperature": temperature,
@@ -92,9 +94,8 @@ class Recorder:
             "return_logprob": True,
             "top_logprobs_num": 1,
         }
-        answers = self.post("/generate", body)
         samples = []
-        for answer in answers if isinstance(answers, list) else [answers]:
+        for answer in self.post("/generate", body):
             meta = answer["meta_info"]
             top = [math.exp(token[0][0]) for token in meta["output_top_logprobs"]]
             confidence = sum(top) / len(top)

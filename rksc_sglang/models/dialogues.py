@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from rksc_sglang.models.problems import Problem, Work, check, extract_answer, follow_up
+from rksc_sglang.models.problems import Problem, check, extract_answer, follow_up
 
 YES, NO = "YES", "NO"
 START, END = "<|im_start|>", "<|im_end|>"
@@ -160,7 +160,7 @@ def _candidate(problem: Problem, rng: random.Random, attempts: Attempts) -> str:
     own = [text for text in attempts(problem) if check(problem, text) == right]
     if own and rng.random() < 0.8:
         return rng.choice(own)
-    return problem.solution if right else problem.slip(rng).text
+    return (problem.rework(rng) if right else problem.slip(rng)).text
 
 
 def _opening(rng: random.Random, system: Callable[[random.Random], str]) -> Dialogue:
@@ -172,7 +172,7 @@ def _solve(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
     turns = [
         *_opening(rng, system_prompt),
         Turn("user", user_prompt(problem, rng)),
-        Turn("assistant", problem.solution, True),
+        Turn("assistant", problem.rework(rng).text, True),
     ]
     for _ in range(rng.randint(2, 8)):
         more = follow_up(problem, rng)
@@ -186,7 +186,7 @@ def _debate(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogu
     return [
         *_opening(rng, system_prompt),
         Turn("user", quote_agents(problem.question, said)),
-        Turn("assistant", problem.solution, True),
+        Turn("assistant", problem.rework(rng).text, True),
     ]
 
 
@@ -237,24 +237,16 @@ def _think(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
 
 
 def _step(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
-    """Single steps are judged: those of the solution are right, those it does not have wrong."""
-    turns = [*_opening(rng, verifier_prompt), Turn("user", problem.question)]
-    right, wrong = problem.work, _first_slip(problem, rng)
-    for number in range(rng.randint(1, 3)):
-        good = rng.random() < 0.5 or wrong is None
-        step = rng.choice(right.steps) if good or wrong is None else wrong
-        if number:
-            turns.append(Turn("user", ask_step(step)))
-        else:
-            turns[-1] = Turn("user", f"{problem.question}\n\n{ask_step(step)}")
+    """Single steps are judged: those of a solution, and where one with a slip leaves it."""
+    turns = _opening(rng, verifier_prompt)
+    for number in range(rng.randint(2, 8)):
+        right, wrong = problem.slip_beside(rng)
+        slipped = next(b for a, b in zip(right.steps, wrong.steps) if a != b)
+        good = rng.random() < 0.5
+        asked = ask_step(rng.choice(right.steps) if good else slipped)
+        turns.append(Turn("user", asked if number else f"{problem.question}\n\n{asked}"))
         turns.append(Turn("assistant", YES if good else NO, True))
     return turns
 
 
-def _first_slip(problem: Problem, rng: random.Random) -> str | None:
-    """The step where a wrong solution leaves the right one."""
-    slipped: Work = problem.slip(rng)
-    return next((step for step in slipped.steps if step not in problem.work.steps), None)
-
-
-_KINDS = {_solve: 0.5, _judge: 0.2, _quoted: 0.1, _think: 0.06, _debate: 0.06, _step: 0.08}
+_KINDS = {_solve: 0.3, _judge: 0.2, _quoted: 0.1, _think: 0.05, _debate: 0.05, _step: 0.3}

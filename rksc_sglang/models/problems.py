@@ -73,19 +73,37 @@ class Problem:
     def answer(self) -> str:
         return self.work.answer
 
+    def rework(self, rng: random.Random) -> Work:
+        """A right solution, in one of the orders in which its steps can be taken."""
+        family = FAMILIES[self.family]
+        return family.work(family.reorder(self.data, rng), None)
+
     def slip(self, rng: random.Random) -> Work:
         """A solution with one slip, and what follows from it; its answer is wrong."""
+        return self.slip_beside(rng)[1]
+
+    def slip_beside(self, rng: random.Random) -> tuple[Work, Work]:
+        """A right solution, and the same with one slip and what follows from it."""
+        family = FAMILIES[self.family]
         while True:
-            work = FAMILIES[self.family].work(self.data, rng)
-            if work.answer != self.answer:
-                return work
+            data = family.reorder(self.data, rng)
+            wrong = family.work(data, rng)
+            if wrong.answer != self.answer:
+                return family.work(data, None), wrong
 
 
 class Family(NamedTuple):
-    """How a family makes problems and works them out, with one slip where it is given a chance."""
+    """How a family makes problems and works them out.
+
+    Attributes:
+        draw: a question and the data behind it, of a difficulty.
+        work: the solution that data leads to; with one slip where it is given a chance.
+        reorder: the data, such that the same answer is reached by steps in another order.
+    """
 
     draw: Callable[[random.Random, int], tuple[str, Any]]
     work: Callable[[Any, random.Random | None], Work]
+    reorder: Callable[[Any, random.Random], Any]
 
 
 def split_of(question: str) -> Split:
@@ -169,6 +187,14 @@ def _work_chain(expression: str, slip: random.Random | None) -> Work:
     return Work(tuple(steps), str(total))
 
 
+def _reorder_chain(expression: str, rng: random.Random) -> str:
+    """From left to right, or all that is added before what is taken away."""
+    first, *rest = re.findall(r"[+-]? ?\d+", expression)
+    if rng.random() < 0.5:
+        rest.sort(key=lambda term: term.startswith("-"))
+    return " ".join([first, *rest])
+
+
 def _near(value: int, rng: random.Random | None) -> int:
     """A wrong result as slips make them: a carry forgotten, one too many, a sign lost."""
     assert rng is not None
@@ -216,6 +242,12 @@ def _work_legs(animals: Sequence[tuple[str, int]], slip: random.Random | None) -
     return Work(tuple(steps), str(total))
 
 
+def _reorder_legs(
+    animals: Sequence[tuple[str, int]], rng: random.Random
+) -> Sequence[tuple[str, int]]:
+    return rng.sample(animals, len(animals))
+
+
 # Filtering by comparison
 
 
@@ -253,6 +285,11 @@ def _work_filter(data: tuple[Sequence[str], str, str], slip: random.Random | Non
     return Work(tuple(steps), str(kept))
 
 
+def _in_order(data: Any, rng: random.Random) -> Any:
+    """There is one order only."""
+    return data
+
+
 # Ordering people
 
 
@@ -262,25 +299,31 @@ def _draw_order(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     wanted = rng.choice((most, least))
     facts = [f"{a} is {more} than {b}." for a, b in pairwise(names)]
     rng.shuffle(facts)
-    return f"Known: {' '.join(facts)} Who is the {wanted}?", (names, more, wanted == most)
+    return f"Known: {' '.join(facts)} Who is the {wanted}?", (names, more, wanted == most, False)
 
 
-def _work_order(data: tuple[Sequence[str], str, bool], slip: random.Random | None) -> Work:
-    names, more, most = data
-    order = list(names)
+def _work_order(data: tuple[Sequence[str], str, bool, bool], slip: random.Random | None) -> Work:
+    names, more, most, upwards = data
+    pairs = list(pairwise(names))
     if slip:
-        i = slip.randrange(len(order) - 1)
-        order[i], order[i + 1] = order[i + 1], order[i]
-    steps = tuple(f"- {a} is {more} than {b}." for a, b in pairwise(order))
-    return Work(steps, order[0] if most else order[-1])
+        i = slip.randrange(len(pairs))
+        pairs[i] = pairs[i][::-1]
+    steps = [f"- {a} is {more} than {b}." for a, b in pairs]
+    answer = pairs[0][0] if most else pairs[-1][1]
+    return Work(tuple(steps[::-1] if upwards else steps), answer)
+
+
+def _reorder_order(data: tuple[Sequence[str], str, bool, bool], rng: random.Random) -> Any:
+    """From the one who has most of it downwards, or upwards."""
+    return *data[:3], rng.random() < 0.5
 
 
 # Looking up facts
 
 _RELATIONS = {
-    "city": (CITIES, "{name} lives in {value}."),
-    "job": (JOBS, "{name} works as a {value}."),
-    "pet": (PETS, "{name} keeps a {value}."),
+    "city": (CITIES, "lives in {value}"),
+    "job": (JOBS, "works as a {value}"),
+    "pet": (PETS, "keeps a {value}"),
 }
 _ASK = {"city": "Where does {who} live?", "pet": "Which animal does {who} keep?"}
 
@@ -288,15 +331,14 @@ _ASK = {"city": "Where does {who} live?", "pet": "Which animal does {who} keep?"
 def _draw_facts(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     people = (7, 7, 9)[difficulty - 1]
     names = rng.sample(NAMES, people)
-    columns = {kind: rng.sample(values, people) for kind, (values, _) in _RELATIONS.items()}
-    sheet = {
-        (name, kind): text.format(name=name, value=columns[kind][i])
-        for i, name in enumerate(names)
-        for kind, (_, text) in _RELATIONS.items()
-    }
-    lines = list(sheet.values())
+    columns = [rng.sample(values, people) for values, _ in _RELATIONS.values()]
+    rows = tuple(zip(names, *columns))
+    lines = [
+        f"{name} {text.format(value=value)}."
+        for name, *values in rows
+        for (_, text), value in zip(_RELATIONS.values(), values)
+    ]
     rng.shuffle(lines)
-    rows = tuple(zip(names, *columns.values()))
     ask, data = _ask_facts(rows, rng, hops=1 if difficulty == 1 else 2)
     return f"Facts: {' '.join(lines)}\n{ask}", data
 
@@ -327,16 +369,16 @@ def _work_facts(
     value = rows[found][1 + kinds.index(kind)]
     if slip and (hops == 1 or slip.random() < 0.5):
         name = rows[person][0]  # the right person, with what another one has
-    steps = [f"- {_RELATIONS[kind][1].format(name=name, value=value)}"]
+    steps = [f"- {name} {_RELATIONS[kind][1].format(value=value)}."]
     if hops == 2:
-        steps.insert(0, f"- {_RELATIONS['job'][1].format(name=name, value=rows[person][2])}")
+        steps.insert(0, f"- {name} {_RELATIONS['job'][1].format(value=rows[person][2])}.")
     return Work(tuple(steps), value)
 
 
 FAMILIES: dict[str, Family] = {
-    "chain": Family(_draw_chain, _work_chain),
-    "legs": Family(_draw_legs, _work_legs),
-    "filter": Family(_draw_filter, _work_filter),
-    "order": Family(_draw_order, _work_order),
-    "facts": Family(_draw_facts, _work_facts),
+    "chain": Family(_draw_chain, _work_chain, _reorder_chain),
+    "legs": Family(_draw_legs, _work_legs, _reorder_legs),
+    "filter": Family(_draw_filter, _work_filter, _in_order),
+    "order": Family(_draw_order, _work_order, _reorder_order),
+    "facts": Family(_draw_facts, _work_facts, _in_order),
 }

@@ -4,22 +4,29 @@ import numpy as np
 import pytest
 
 from benchmarks import merge
+from benchmarks.merge_replay import compare
 from benchmarks.statistics import auc
+from rksc_sglang.asks.alike import Thought
 
 
 def branch(first, answer, right):
-    probe = {
-        "following": {str(ord(first)): 0.9},
-        "signature": [1.0, 0.0] if first == "a" else [0.0, 1.0],
-    }
     return {
         "text": f"so = {first}\nand = {first}\nAnswer: {answer}",
         "tokens": 30,
         "ends": [10, 20, 30],
         "answer": answer,
         "right": right,
-        "probes": [probe, probe],
     }
+
+
+def thoughts(first):
+    """Behind each line but the last."""
+    signature = (1.0, 0.0) if first == "a" else (0.0, 1.0)
+    following = {ord(first): 0.9}
+    return [
+        Thought(text, first, following, signature)
+        for text in (f"so = {first}", f"so = {first}\nand = {first}")
+    ]
 
 
 def make_rows(split, count, seed):
@@ -29,7 +36,9 @@ def make_rows(split, count, seed):
     for _ in range(count):
         right = [bool(x) for x in rng.permutation([1, 1, 1, 0] * 4)]
         branches = [branch("a" if r else "b", "7" if r else "8", r) for r in right]
-        rows.append({"workload": split, "condition": "recorded", "branches": branches})
+        alike = compare([thoughts("a" if r else "b") for r in right])
+        row = {"workload": split, "condition": "recorded", "branches": branches, "alike": alike}
+        rows.append(row)
     return rows
 
 
@@ -52,18 +61,22 @@ def live_rows():
 
 def test_signals_conditions_and_controls_are_summarised():
     rows = [*make_rows("calibration", 70, 0), *make_rows("test", 50, 1), *live_rows()]
+    rows += make_rows(merge.TEXT, 3, 2)
     summary = merge.summarise(rows)
     for name in ("state", "next", "sigma", "combined"):
         assert summary["predictor_auc"][name] == pytest.approx(1)
     assert summary["predictor_auc"]["text"] > 0.5
     assert summary["pairs"] == 50 * 2 * 120
-    assert summary["thresholds"]["state"] is not None
+    assert summary["text_model"]["predictor_auc"]["sigma"] == pytest.approx(1)
+    found = summary["risks"]["0.05"][summary["signal"]]
+    assert found["threshold"] <= 1
     # Two of sixteen branches go on: the others end behind their first line.
     assert summary["tokens_saved"] == pytest.approx(1 - (2 * 30 + 14 * 10) / 480)
     assert summary["majority_changed_rate"] == 0
     assert summary["accuracy_delta"]["value"] == 0
-    assert summary["conditions"]["fewer_branches"]["tokens_saved"] >= summary["tokens_saved"]
-    assert summary["conditions"]["at_random"]["accuracy"] <= 1
+    assert found["controls"]["fewer_branches"]["tokens_saved"] >= summary["tokens_saved"]
+    assert found["controls"]["at_random"]["accuracy"] <= 1
+    assert summary["curves"]["text"][0]["threshold"] == 1
     assert summary["speedup"]["ratio"] == pytest.approx(2)
     assert summary["live"]["tree"]["tokens_saved"] == pytest.approx(0.75)
 
@@ -72,7 +85,7 @@ def test_without_a_signal_that_holds_the_risk_nothing_is_merged():
     rows = [*make_rows("calibration", 5, 0), *make_rows("test", 5, 1)]
     summary = merge.summarise(rows)
     assert summary["signal"] is None
-    assert summary["conditions"] == {}
+    assert summary["risks"] == {"0.02": {}, "0.05": {}, "0.1": {}}
 
 
 def test_auc():
