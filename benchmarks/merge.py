@@ -11,7 +11,6 @@ split. Times and trees of thought are live; how the signals do on text is measur
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,31 +27,28 @@ from rich.progress import track
 import rksc_sglang as rksc
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.merge_replay import (
-    Group,
-    Outcome,
-    at_random,
-    by_signal,
-    compare,
-    fewer_branches,
-    group_of,
-    points_of,
-    replay,
-    result_of,
-    sibling_pairs,
-)
+from benchmarks.merge_replay import at_random, fewer_branches, result_of, sibling_pairs
 from benchmarks.programs.interface import Mechanisms, Settings
 from benchmarks.programs.search import Groups, Node, grow, search
 from benchmarks.reasoner import on_reasoner
 from benchmarks.statistics import auc, mean_gain, paired_ratio
 from benchmarks.throughput_tasks import solved_examples
-from rksc_sglang.asks.alike import SIGNALS, Thought
-from rksc_sglang.cgee.calibration import TooLittleData, fit_logistic, fixed_sequence
-from rksc_sglang.cgee.record import Recorder, RecordError
-from rksc_sglang.contract import KEY
-from rksc_sglang.lang.merging import FOLLOWING
+from rksc_sglang.asks.alike import SIGNALS
+from rksc_sglang.asks.merge_calibration import (
+    Group,
+    Outcome,
+    calibrate_merge,
+    group_of,
+    merge_all,
+    points_of,
+    replay,
+    thresholds_of,
+)
+from rksc_sglang.asks.merge_record import record_branches
+from rksc_sglang.cgee.calibration import TooLittleData, fit_logistic
+from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.models import ensure_model
-from rksc_sglang.models.dialogues import END, START, Turn, prompt_of
+from rksc_sglang.models.dialogues import END, START, Turn
 from rksc_sglang.models.problems import Problem, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
@@ -72,8 +68,6 @@ HINTS = (
 RISKS, DELTA = (0.02, 0.05, 0.1), 0.05
 #: The one that is shipped.
 RISK = 0.05
-#: Tried from the most careful on.
-THRESHOLDS = tuple(1 - 0.02 * step for step in range(46))
 #: Of the thresholds, which ones curves show.
 CURVE_STEP = 3
 COMBINED = "combined"
@@ -85,74 +79,28 @@ TEXT = "smollm2"
 
 
 def recorded(recorder: Recorder, split: str, problem: Problem, examples: str = "") -> Row:
-    """A problem's branches, and what can be seen behind each of their lines.
+    """A problem's branches, half of them behind hints.
 
     Args:
         examples: turns with solved ones, up to where the user is to speak of the problem.
     """
     asked = [f"{examples}{problem.question}"] * (BRANCHES // 2)
     asked += [f"{examples}{problem.question} {hint}" for hint in HINTS]
-    drawn = recorder.solve(asked, 1, TEMPERATURE)
-    heads_of = [heads(sample.text) for sample in drawn]
-    ends = iter(recorder.tokenize([head for some in heads_of for head in some]))
-    seen = probe(recorder, [(q, head) for q, some in zip(asked, heads_of) for head in some[:-1]])
-    branches, thoughts = [], []
-    for question, sample, some in zip(asked, drawn, heads_of):
-        answer = extract_answer(sample.text)
-        branches.append(
-            {
-                "text": sample.text,
-                "tokens": sample.tokens,
-                "answer": answer,
-                "right": answer == problem.answer,
-                "ends": [len(next(ends)) for _ in some],
-            }
-        )
-        thoughts.append([seen[question, head] for head in some[:-1]])
     return {
         "workload": split,
         "condition": "recorded",
         "question": problem.question,
         "answer": problem.answer,
         "family": problem.family,
-        "branches": branches,
-        "alike": compare(thoughts),
+        **record_branches(
+            recorder,
+            asked,
+            TEMPERATURE,
+            extract_answer,
+            lambda answer: answer == problem.answer,
+            lambda head: result_of(head.splitlines()[-1]),
+        ),
     }
-
-
-def heads(text: str) -> list[str]:
-    """A text up to the end of each of its lines."""
-    lines = text.splitlines()
-    return ["\n".join(lines[:n]) for n in range(1, len(lines) + 1)]
-
-
-def probe(recorder: Recorder, places: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Thought]:
-    """What is seen behind heads of solutions, each of a question."""
-    places = list(dict.fromkeys(places))
-    if not places:
-        return {}
-    contract = {"share": "exact", "signature": True}
-    body = {
-        "text": [prompt_of([Turn("user", question)]) + head for question, head in places],
-        "sampling_params": {
-            "max_new_tokens": 1,
-            "temperature": 0,
-            "custom_params": {KEY: contract},
-        },
-        "return_logprob": True,
-        "top_logprobs_num": FOLLOWING,
-    }
-    found = {}
-    for place, answer in zip(places, recorder.post("/generate", body)):
-        meta = answer["meta_info"]
-        if not meta[KEY].get("signature"):
-            raise RecordError(f"there are no signatures: {meta[KEY].get('fallback')}")
-        top = meta["output_top_logprobs"][0]
-        following = {token: math.exp(value) for value, token, _ in top}
-        text = place[1]
-        state = result_of(text.splitlines()[-1])
-        found[place] = Thought(text, state, following, tuple(meta[KEY]["signature"]))
-    return found
 
 
 # Predictors
@@ -192,29 +140,11 @@ def with_combination(group: Group, weights: Sequence[float]) -> Group:
 # Decisions
 
 
-def calibrate(groups: Sequence[Group], signal: str, risk: float) -> float | None:
-    """The boldest threshold at which the majority changes no more often; None: there is none."""
-    before = [replay(group).answer for group in groups]
-
-    def changed(threshold: float) -> int:
-        return sum(
-            merged.answer != answer
-            for merged, answer in zip(merge_all(groups, signal, threshold), before)
-        )
-
+def threshold_of(groups: Sequence[Group], signal: str, risk: float) -> float | None:
     try:
-        return fixed_sequence(thresholds_of(signal), changed, len(groups), risk, DELTA)[0]
+        return calibrate_merge(groups, signal, risk, DELTA)[0]
     except TooLittleData:
         return None
-
-
-def thresholds_of(signal: str) -> Sequence[float]:
-    """The most careful first; of what is or is not, there is one."""
-    return (1.0,) if signal == "state" else THRESHOLDS
-
-
-def merge_all(groups: Sequence[Group], signal: str, threshold: float) -> list[Outcome]:
-    return [replay(group, by_signal(group.alike[signal], threshold)) for group in groups]
 
 
 def _points(a: Sequence[Outcome], b: Sequence[Outcome]) -> dict[str, float]:
@@ -267,7 +197,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     before = [replay(group) for group in test]
     risks: dict[str, Any] = {}
     for risk in RISKS:
-        found = {name: calibrate(groups["calibration"], name, risk) for name in aucs}
+        found = {name: threshold_of(groups["calibration"], name, risk) for name in aucs}
         risks[str(risk)] = {
             name: {
                 "threshold": threshold,

@@ -1,108 +1,19 @@
-"""What merging would have done to recorded branches: the same samples up to each merge, and after.
-
-A branch is lines of a solution; it may be merged behind each line but the last, at the same line as
-its siblings. A branch that goes on has the rest of its own recorded text; one that is merged ends
-there, and gives its votes away.
-"""
+"""What is measured of recorded branches beside merging: pairs of siblings, and controls."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
-from rksc_sglang.asks.alike import SIGNALS, Duplicate, Thought, duplicates
-
-#: A recorded branch: ``text``, ``tokens``, ``answer``, ``right``; ``ends``, its tokens up to the
-#: end of each line.
-Sample = Mapping[str, Any]
-#: By line, [branches, branches]: how alike they are behind it.
-Alike = Sequence[np.ndarray]
-#: Which of the branches that are still there at a line, from 1 on, are duplicates of others.
-Decide = Callable[[int, Sequence[int | None]], list[Duplicate]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """A problem's branches, and by signal how alike they are behind each of their lines."""
-
-    branches: Sequence[Sample]
-    alike: Mapping[str, Alike]
-
-    @property
-    def lines(self) -> range:
-        """Lines behind which some branches may be merged, from 1 on."""
-        return range(1, 1 + max(map(points_of, self.branches), default=0))
-
-
-class Outcome(NamedTuple):
-    """Of one problem.
-
-    Attributes:
-        answer: of most votes, that of the first branch where two have as many; None: no answer.
-        right: whether it is the problem's.
-        tokens: generated.
-        peak: most tokens of branches in the cache at once, all generating at the same speed.
-        merges: branches that were merged.
-    """
-
-    answer: str | None
-    right: bool
-    tokens: int
-    peak: int
-    merges: int
+from rksc_sglang.asks.alike import SIGNALS, Duplicate
+from rksc_sglang.asks.merge_calibration import Decide, Group, Outcome, Sample, points_of, replay
 
 
 def result_of(line: str) -> str:
     """What a step comes down to: what follows its last sign of equality, or all of it."""
     return line.rsplit("=", 1)[-1].strip()
-
-
-def points_of(sample: Sample) -> int:
-    """Lines behind which a branch may be merged."""
-    return max(len(sample["ends"]) - 1, 0)
-
-
-def compare(thoughts: Sequence[Sequence[Thought]]) -> dict[str, list[list[float]]]:
-    """By signal and line, that of each two branches that are there, the earlier one first.
-
-    Args:
-        thoughts: of each branch, behind each of its lines.
-    """
-    lines = range(max(map(len, thoughts), default=0))
-    return {
-        name: [
-            [round(signal(a, b), 3) for _, a, _, b in _pairs_at(thoughts, line)] for line in lines
-        ]
-        for name, signal in SIGNALS.items()
-    }
-
-
-def _pairs_at(branches: Sequence[Sequence[Any]], line: int) -> Iterator[tuple[int, Any, int, Any]]:
-    there = [(place, lines[line]) for place, lines in enumerate(branches) if len(lines) > line]
-    for n, (place, item) in enumerate(there):
-        for earlier, other in there[:n]:
-            yield earlier, other, place, item
-
-
-def group_of(row: Mapping[str, Any]) -> Group:
-    """A recorded row: its ``branches``, and ``alike`` as :func:`compare` gives it."""
-    branches = row["branches"]
-    points = [range(points_of(sample)) for sample in branches]
-    alike: dict[str, Alike] = {}
-    for name, lines in row["alike"].items():
-        matrices = []
-        for line, values in enumerate(lines):
-            matrix = np.full((len(branches), len(branches)), np.nan)
-            for (i, _, j, _), value in zip(_pairs_at(points, line), values):
-                matrix[i, j] = matrix[j, i] = value
-            matrices.append(matrix)
-        alike[name] = matrices
-    return Group(branches, alike)
 
 
 def sibling_pairs(group: Group) -> tuple[np.ndarray, np.ndarray]:
@@ -124,14 +35,6 @@ def sibling_pairs(group: Group) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(values), np.concatenate(same)
 
 
-def by_signal(alike: Alike, threshold: float) -> Decide:
-    def decide(line: int, places: Sequence[int | None]) -> list[Duplicate]:
-        matrix = alike[line - 1]
-        return duplicates(places, lambda a, b: float(matrix[a, b]), threshold)
-
-    return decide
-
-
 def at_random(rate: float, rng: random.Random) -> Decide:
     """Each branch but the first is merged with this chance, into any earlier one that stays."""
 
@@ -148,40 +51,6 @@ def at_random(rate: float, rng: random.Random) -> Decide:
         return found
 
     return decide
-
-
-def replay(group: Group, decide: Decide | None = None) -> Outcome:
-    """One problem's branches, merged as ``decide`` says; never, without it."""
-    samples = group.branches
-    weights = [1] * len(samples)
-    ends = [sample["tokens"] for sample in samples]
-    for line in group.lines:
-        if decide is None:
-            break
-        places = [
-            place if weights[place] and points_of(sample) >= line else None
-            for place, sample in enumerate(samples)
-        ]
-        for duplicate in decide(line, places):
-            weights[duplicate.of] += weights[duplicate.place]
-            weights[duplicate.place] = 0
-            ends[duplicate.place] = samples[duplicate.place]["ends"][line - 1]
-    votes: Counter[str] = Counter()
-    for sample, weight in zip(samples, weights):
-        if weight and sample["answer"] is not None:
-            votes[sample["answer"]] += weight
-    answer = max(votes, key=votes.__getitem__) if votes else None
-    right = any(s["right"] for s in samples if s["answer"] == answer and answer is not None)
-    gone = [not weight for weight in weights]
-    return Outcome(answer, right, sum(ends), _peak(ends, gone), sum(gone))
-
-
-def _peak(ends: Sequence[int], gone: Sequence[bool]) -> int:
-    """A merged branch's tokens are free behind its end; the others' are kept for the answer."""
-    return max(
-        sum(min(end, now) for end, away in zip(ends, gone) if not away or end >= now)
-        for now in {*ends, 0}
-    )
 
 
 def fewer_branches(group: Group, tokens: int) -> Outcome:

@@ -1,10 +1,12 @@
-"""``python -m rksc_sglang.calibrate``: thresholds of early exit for a model, at a stated risk.
+"""``python -m rksc_sglang.calibrate``: thresholds of early exit, or of merging, at a stated risk.
 
 Starts a server, has the model answer problems in several branches each, verifies every branch in
 full and records what each layer said; then finds when a verification may stop at a middle layer,
 and when a group needs none, so that at most the stated share of problems loses its right answer
-(:mod:`rksc_sglang.cgee.calibration`). The thresholds and their evidence are written to the model's
-profile, for ``--rksc-profile``; what the profile has of other calibrations stays.
+(:mod:`rksc_sglang.cgee.calibration`). With ``--merge`` it finds how alike branches must be that one
+goes on for all, so that at most that share of problems changes its majority answer
+(:mod:`rksc_sglang.asks.merge_calibration`). The thresholds and their evidence are written to the
+model's profile, for ``--rksc-profile``; what the profile has of other calibrations stays.
 """
 
 from __future__ import annotations
@@ -12,24 +14,29 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import operator
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
+from rksc_sglang.asks.alike import SIGNALS
+from rksc_sglang.asks.merge_calibration import calibrate_merge, group_of
+from rksc_sglang.asks.merge_record import record_branches
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.cgee.calibration import Group, TooLittleData, calibrate_exit, calibrate_skip
-from rksc_sglang.cgee.profile import ExitProfile, SkipProfile, update_profile
+from rksc_sglang.cgee.profile import ExitProfile, MergeProfile, Part, SkipProfile, update_profile
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.demo.questions import QuestionsError, answer_key, load_questions
+from rksc_sglang.lang.merging import last_line
 from rksc_sglang.models import EmbeddedModelError, ensure_model
 from rksc_sglang.models.problems import extract_answer, problems
 from rksc_sglang.server_process import ServerFailedError, ServerProcess
@@ -39,7 +46,17 @@ CONCURRENT = 4
 #: Of the recorded problems: for the models; the others are for the thresholds.
 FIT_SHARE = 1 / 4
 
-Ask = Callable[[Recorder], Group]
+
+class Asked(NamedTuple):
+    """A question, how an answer is found in a solution of it, and which answers are right."""
+
+    question: str
+    extract: Callable[[str], str | None]
+    is_right: Callable[[str | None], bool]
+
+
+#: What is kept of a question.
+T = TypeVar("T")
 
 
 def lens_layers(num_layers: int, count: int = 3) -> tuple[int, ...]:
@@ -49,41 +66,26 @@ def lens_layers(num_layers: int, count: int = 3) -> tuple[int, ...]:
     return tuple(round(first + i * (last - first) / max(count - 1, 1)) for i in range(count))
 
 
-def own_problems(args: argparse.Namespace) -> Iterator[Ask]:
+def own_problems(seed: int) -> Iterator[Asked]:
     """The reasoner's calibration split."""
-
-    def right(answer: str, found: str | None) -> bool:
-        return found == answer
-
-    for problem in problems("calibration", args.seed):
-        yield partial(
-            Recorder.group,
-            question=problem.question,
-            count=args.branches,
-            temperature=args.temperature,
-            extract=extract_answer,
-            is_right=partial(right, problem.answer),
-        )
+    for problem in problems("calibration", seed):
+        yield Asked(problem.question, extract_answer, partial(operator.eq, problem.answer))
 
 
-def asked_problems(args: argparse.Namespace) -> Iterator[Ask]:
+def asked_problems(path: Path, seed: int) -> Iterator[Asked]:
     """Those of a file, in an order of their own."""
-    questions = load_questions(args.questions)
-    for question in random.Random(args.seed).sample(questions, len(questions)):
-        yield partial(
-            Recorder.group,
-            question=question.text,
-            count=args.branches,
-            temperature=args.temperature,
-            extract=partial(lambda text, reply: answer_key(reply, text) or None, question.text),
-            is_right=question.answers.__contains__,
-        )
+    questions = load_questions(path)
+    for question in random.Random(seed).sample(questions, len(questions)):
+        extract = partial(lambda text, reply: answer_key(reply, text) or None, question.text)
+        yield Asked(question.text, extract, question.answers.__contains__)
 
 
-def record(args: argparse.Namespace, model: Path) -> tuple[list[Group], list[int]]:
-    """The problems' branches, and the label tokens they were verified with."""
+def record(
+    args: argparse.Namespace, model: Path, keep: Callable[[Recorder, Asked], T]
+) -> tuple[list[T], list[int]]:
+    """What is kept of each problem, and the label tokens that verifications were asked with."""
     flags = ["--model-path", str(model), "--rksc-mode", "balanced", *args.server_flags]
-    asks = asked_problems(args) if args.questions else own_problems(args)
+    asked = asked_problems(args.questions, args.seed) if args.questions else own_problems(args.seed)
     with (
         tempfile.TemporaryDirectory() as folder,
         ServerProcess(flags, log=Path(folder) / "server.log") as process,
@@ -91,23 +93,29 @@ def record(args: argparse.Namespace, model: Path) -> tuple[list[Group], list[int
     ):
         process.wait_ready()
         recorder = Recorder(process.url, args.max_tokens)
-        some = list(itertools.islice(asks, args.problems))
-        groups = pool.map(lambda ask: ask(recorder), some)
+        labels = [] if args.merge else recorder.labels
+        some = list(itertools.islice(asked, args.problems))
+        kept = pool.map(partial(keep, recorder), some)
         console = Console(stderr=True)
-        done = list(track(groups, "recording", total=len(some), console=console))
-        return done, recorder.labels
+        return list(track(kept, "recording", total=len(some), console=console)), labels
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m rksc_sglang.calibrate",
-        description="Find when verifications of a model may stop early or be skipped, at a stated "
-        "risk, and write it to a profile for --rksc-profile.",
+        description="Find when verifications of a model may stop early or be skipped, or when its "
+        "branches may be merged, at a stated risk, and write it to a profile for --rksc-profile.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = result.add_argument
     add("--output", type=Path, required=True, help="the profile, a JSON file; may be there already")
     add("--model-path", help="checkpoint directory; the embedded reasoner if none is given")
+    add(
+        "--merge",
+        action="store_true",
+        help="find when branches may be merged; --risk is the share of problems whose majority "
+        "answer may change",
+    )
     add("--risk", type=_share, default=0.005, help="share of problems that may lose their answer")
     add("--delta", type=_share, default=0.05, help="chance that the promise does not hold")
     add(
@@ -134,12 +142,12 @@ def _share(text: str) -> float:
 
 def calibrate(
     groups: Sequence[Group], labels: Sequence[int], model: str, risk: float, delta: float
-) -> tuple[list[ExitProfile | SkipProfile], list[str]]:
+) -> tuple[list[Part], list[str]]:
     """What holds the risk, and why what does not is left out.
 
     Exit and skip are used together, so each gets half of the risk and half of the chance.
     """
-    parts: list[ExitProfile | SkipProfile] = []
+    parts: list[Part] = []
     reasons = []
     cut = int(len(groups) * FIT_SHARE)
     fit, test = groups[:cut], groups[cut:]
@@ -158,14 +166,54 @@ def calibrate(
     return parts, reasons
 
 
+def calibrate_merging(
+    rows: Sequence[Mapping[str, Any]], model: str, risk: float, delta: float
+) -> tuple[list[Part], list[str]]:
+    """The threshold of each signal that holds the risk, and why others are left out.
+
+    Each holds it for itself: a program uses one of them.
+    """
+    groups = [group_of(row) for row in rows]
+    thresholds: dict[str, float] = {}
+    evidence: dict[str, Any] = {}
+    reasons = []
+    for signal in SIGNALS:
+        try:
+            thresholds[signal], evidence[signal] = calibrate_merge(groups, signal, risk, delta)
+        except TooLittleData as error:
+            reasons.append(f"no merging by {signal}: {error}")
+    parts: list[Part] = []
+    if thresholds:
+        parts.append(MergeProfile(model, thresholds, risk, delta, evidence))
+    return parts, reasons
+
+
+def measure(args: argparse.Namespace, model: Path) -> tuple[list[Part], list[str]]:
+    """Record and calibrate what is asked for."""
+    found = (fingerprint(model), args.risk, args.delta)
+
+    def group(recorder: Recorder, asked: Asked) -> Group:
+        question, extract, is_right = asked
+        return recorder.group(question, args.branches, args.temperature, extract, is_right)
+
+    def thoughts(recorder: Recorder, asked: Asked) -> dict[str, Any]:
+        question, extract, is_right = asked
+        questions = [question] * args.branches
+        return record_branches(recorder, questions, args.temperature, extract, is_right, last_line)
+
+    if args.merge:
+        return calibrate_merging(record(args, model, thoughts)[0], *found)
+    groups, labels = record(args, model, group)
+    return calibrate(groups, labels, *found)
+
+
 def main() -> None:
     args = parser().parse_args()
     try:
         model = Path(args.model_path) if args.model_path else ensure_model("reasoner")
-        groups, labels = record(args, model)
+        parts, reasons = measure(args, model)
     except (EmbeddedModelError, QuestionsError, RecordError, ServerFailedError) as error:
         sys.exit(f"rksc: error: {error}")
-    parts, reasons = calibrate(groups, labels, fingerprint(model), args.risk, args.delta)
     for reason in reasons:
         print(f"rksc: {reason}", file=sys.stderr)
     if not parts:
@@ -173,9 +221,16 @@ def main() -> None:
     summary: dict[str, Any] = {}
     for part in parts:
         update_profile(args.output, part)
-        shown = {k: v for k, v in part.evidence.items() if k != "curve"}
-        summary[part.PART] = {**asdict(part), "evidence": shown}
+        summary[part.PART] = {**asdict(part), "evidence": without_curves(part.evidence)}
     Console().print_json(json.dumps(summary))
+
+
+def without_curves(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: without_curves(value) if isinstance(value, Mapping) else value
+        for key, value in evidence.items()
+        if key != "curve"
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ functions of the seed and the step, so that an interrupted run goes on as if it 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -42,7 +43,7 @@ KNOWN_SHARE = 0.4
 #: In the loss, of what systems and users say: the facts and steps that they repeat teach copying,
 #: but most of it cannot be foreseen.
 CONTEXT_WEIGHT = 0.1
-#: In the loss, of a verdict: one token, which takes as much to learn as a solution.
+#: In the loss, of a verdict: one token, which takes more to learn than all of a solution.
 VERDICT_WEIGHT = 8.0
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -86,6 +87,7 @@ def encode(
     tokenizer: PreTrainedTokenizerFast, dialogue: Sequence[Turn]
 ) -> tuple[list[int], list[float]]:
     """Token ids of a dialogue, and the weight of each in the loss."""
+    verdicts = verdict_tokens(tokenizer)
     ids: list[int] = []
     weights: list[float] = []
     for turn in dialogue:
@@ -94,10 +96,21 @@ def encode(
         tail = tokenizer.encode("\n", add_special_tokens=False)
         ids += head + body + tail
         weight = float(turn.learn) if turn.role == "assistant" else CONTEXT_WEIGHT
-        if turn.text in (YES, NO):
-            weight *= VERDICT_WEIGHT
-        weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(tail)
+        weights += [0.0] * len(head)
+        if weight == 1.0:
+            weights += [VERDICT_WEIGHT if token in verdicts else 1.0 for token in body]
+        else:
+            weights += [weight] * len(body)
+        weights += [0.0] * len(tail)
     return ids, weights
+
+
+@functools.cache
+def verdict_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """At the start of a text, and behind a word."""
+    texts = [space + label for space in ("", " ") for label in (YES, NO)]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return frozenset(tokens[0] for tokens in encoded if len(tokens) == 1)
 
 
 class Attempts:

@@ -1,4 +1,4 @@
-"""The calibrated exit and skip of a model, parts of its profile: read, checked and written."""
+"""Calibrated exit, skip and merging of a model, parts of its profile: read, checked, written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rksc_sglang.cgee.skip_gate import CalibratedGate
 
 
 class ExitProfileError(ValueError):
-    """A profile cannot be used for early exit; the message says why."""
+    """A profile cannot be used for early exit or merging; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,43 @@ class SkipProfile:
 
 
 @dataclass(frozen=True)
-class CgeeProfile:
-    """What one profile file has for early exit; None where it was not calibrated."""
+class MergeProfile:
+    """When branches of one model may be merged.
+
+    Attributes:
+        thresholds: by signal (:data:`rksc_sglang.asks.alike.SIGNALS`).
+        risk: the share of groups whose majority answer may change; the rest as of
+            :class:`ExitProfile`.
+    """
+
+    PART: ClassVar[str] = "merge"
+
+    model: str
+    thresholds: dict[str, float]
+    risk: float
+    delta: float
+    evidence: dict[str, Any]
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> MergeProfile:
+        thresholds = {name: float(value) for name, value in raw["thresholds"].items()}
+        return cls(raw["model"], thresholds, raw["risk"], raw["delta"], raw["evidence"])
+
+
+Part = ExitProfile | SkipProfile | MergeProfile
+
+
+@dataclass(frozen=True)
+class CalibratedParts:
+    """What one profile file has; None where it was not calibrated."""
 
     exit: ExitProfile | None = None
     skip: SkipProfile | None = None
+    merge: MergeProfile | None = None
 
 
-def profile_of(path: str | None, model: str) -> CgeeProfile:
-    """What a profile file has for a model.
+def profile_of(path: str | None, model: str) -> CalibratedParts:
+    """What a profile file has for a model's early exit and merging.
 
     Args:
         path: of the file; None where no profile was given.
@@ -93,23 +121,24 @@ def profile_of(path: str | None, model: str) -> CgeeProfile:
         ExitProfileError: the file is no profile, a part of it is malformed, or another model's.
     """
     if path is None:
-        return CgeeProfile()
+        return CalibratedParts()
     try:
         raw = json.loads(Path(path).read_text())
-        exit_, skip = raw.get(ExitProfile.PART), raw.get(SkipProfile.PART)
-        found = CgeeProfile(
-            exit=ExitProfile.of(exit_) if exit_ is not None else None,
-            skip=SkipProfile.of(skip) if skip is not None else None,
-        )
+        parts: dict[str, Any] = {
+            kind.PART: kind.of(raw[kind.PART])
+            for kind in (ExitProfile, SkipProfile, MergeProfile)
+            if raw.get(kind.PART) is not None
+        }
+        found = CalibratedParts(**parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExitProfileError(f"{path} is no profile: {error!r}") from error
-    for part in (found.exit, found.skip):
-        if part is not None and part.model != model:
+    for part in parts.values():
+        if part.model != model:
             raise ExitProfileError(f"--rksc-profile {path} is of another model")
     return found
 
 
-def update_profile(path: Path, part: ExitProfile | SkipProfile) -> None:
+def update_profile(path: Path, part: Part) -> None:
     """Put a part into a profile file, in the place of an older one of its kind."""
     raw = json.loads(path.read_text()) if path.exists() else {}
     raw[part.PART] = asdict(part)

@@ -60,7 +60,8 @@ class MergeRule:
 
     Attributes:
         by: a signal of :data:`rksc_sglang.asks.alike.SIGNALS`.
-        threshold: least value of it; None: 1, which is for ``state`` alone.
+        threshold: least value of it; None: 1 for ``state``, for the others the one in the server's
+            profile (``python -m rksc_sglang.calibrate --merge``).
         extract: what a thought comes down to, for ``state``; None: nothing can be said.
     """
 
@@ -71,16 +72,15 @@ class MergeRule:
     def __post_init__(self) -> None:
         if self.by not in SIGNALS:
             raise MergeError(f"by: expected one of {', '.join(SIGNALS)}, got {self.by!r}")
-        if self.threshold is None and self.by != "state":
-            raise MergeError(f"threshold: is needed with by={self.by!r}")
 
 
 def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
     """Which of the branches that still go on are the same as others, behind ``var``.
 
     Raises:
-        MergeError: the server cannot tell, with the reason.
+        MergeError: the server cannot tell, or there is no threshold, with the reason.
     """
+    threshold = _threshold_of(group, rule)
 
     def thought_of(branch: int) -> Thought | None:
         state = group.states[branch]
@@ -92,11 +92,22 @@ def find_merges(group: BranchGroup, var: str, rule: MergeRule) -> list[Merge]:
 
     with ThreadPoolExecutor(len(group)) as pool:
         thoughts = list(pool.map(thought_of, range(len(group))))
-    threshold = 1.0 if rule.threshold is None else rule.threshold
     return [
         Merge(found.place, found.of, var, rule.by, found.similarity)
         for found in duplicates(thoughts, SIGNALS[rule.by], threshold)
     ]
+
+
+def _threshold_of(group: BranchGroup, rule: MergeRule) -> float:
+    if rule.threshold is not None:
+        return rule.threshold
+    if rule.by == "state":
+        return 1.0
+    server = server_of(group.states[0].stream_executor.backend)
+    threshold = server.merge_threshold(rule.by) if server is not None else None
+    if threshold is None:
+        raise MergeError(f"threshold: by={rule.by!r} needs one, or a server whose profile has it")
+    return threshold
 
 
 def _probe(state: ProgramState, thought: Thought, rule: MergeRule) -> Thought:

@@ -56,6 +56,12 @@ class Server:
         gate = self._verify["skip"]["gate"]
         return CalibratedGate(tuple(gate["weights"]), gate["threshold"])
 
+    def merge_threshold(self, signal: str) -> float | None:
+        """The calibrated threshold in the server's profile; None where there is none."""
+        if not self.has_rksc() or not self._verify.get("merge"):
+            return None
+        return self._verify["merge"]["thresholds"].get(signal)
+
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Send JSON, return the answer's JSON.
 

@@ -95,6 +95,10 @@ _ASK = (
     "Is it right? YES or NO.",
     "Check the solution above. Is it correct? Answer YES or NO.",
 )
+_GRADE = (
+    "Go through the solution step by step, and say after each step whether it is right.",
+    "Check the solution line by line. YES or NO for each line, then your verdict.",
+)
 _THINK = (
     "Check the solution. Think first, then give your verdict.",
     "Work it out yourself, then say whether the solution is correct.",
@@ -146,6 +150,22 @@ def thought_verdict(problem: Problem, candidate: str) -> str:
     return f"{problem.solution}\nProposed: {proposed}\nVerdict: {verdict}"
 
 
+def graded(problem: Problem, candidate: str) -> str:
+    """How a verifier that goes through a solution answers: up to the first line that is wrong."""
+    lines = candidate.splitlines()
+    right = max(_shared_lines(lines, work.text.splitlines()) for work in problem.works())
+    said = [f"{line} {YES}" for line in lines[:right]]
+    if check(problem, candidate):
+        said += [f"{line} {YES}" for line in lines[right:]]
+    elif right < len(lines):
+        said.append(f"{lines[right]} {NO}")
+    return "\n".join([*said, f"Verdict: {_verdict(problem, candidate).text}"])
+
+
+def _shared_lines(a: Sequence[str], b: Sequence[str]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def make_dialogue(
     problem: Problem, rng: random.Random, attempts: Attempts = lambda problem: ()
 ) -> Dialogue:
@@ -160,7 +180,7 @@ def _candidate(problem: Problem, rng: random.Random, attempts: Attempts) -> str:
     own = [text for text in attempts(problem) if check(problem, text) == right]
     if own and rng.random() < 0.8:
         return rng.choice(own)
-    return (problem.rework(rng) if right else problem.slip(rng)).text
+    return (rng.choice(problem.works()) if right else problem.slip(rng)).text
 
 
 def _opening(rng: random.Random, system: Callable[[random.Random], str]) -> Dialogue:
@@ -172,7 +192,7 @@ def _solve(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
     turns = [
         *_opening(rng, system_prompt),
         Turn("user", user_prompt(problem, rng)),
-        Turn("assistant", problem.rework(rng).text, True),
+        Turn("assistant", rng.choice(problem.works()).text, True),
     ]
     for _ in range(rng.randint(2, 8)):
         more = follow_up(problem, rng)
@@ -186,7 +206,7 @@ def _debate(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogu
     return [
         *_opening(rng, system_prompt),
         Turn("user", quote_agents(problem.question, said)),
-        Turn("assistant", problem.rework(rng).text, True),
+        Turn("assistant", rng.choice(problem.works()).text, True),
     ]
 
 
@@ -236,6 +256,16 @@ def _think(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue
     ]
 
 
+def _grade(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
+    turns = _opening(rng, verifier_prompt)
+    for number in range(rng.randint(1, 4)):
+        candidate = _candidate(problem, rng, attempts)
+        quoted = f"Another solution:\n{candidate}" if number else quote(problem, candidate)
+        turns.append(Turn("user", f"{quoted}\n\n{rng.choice(_GRADE)}"))
+        turns.append(Turn("assistant", graded(problem, candidate), True))
+    return turns
+
+
 def _step(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
     """Single steps are judged: those of a solution, and where one with a slip leaves it."""
     turns = _opening(rng, verifier_prompt)
@@ -249,4 +279,12 @@ def _step(problem: Problem, rng: random.Random, attempts: Attempts) -> Dialogue:
     return turns
 
 
-_KINDS = {_solve: 0.3, _judge: 0.2, _quoted: 0.1, _think: 0.05, _debate: 0.05, _step: 0.3}
+_KINDS = {
+    _solve: 0.3,
+    _judge: 0.2,
+    _quoted: 0.1,
+    _grade: 0.2,
+    _think: 0.05,
+    _debate: 0.05,
+    _step: 0.1,
+}

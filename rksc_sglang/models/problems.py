@@ -16,7 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "calibration", "test"]
@@ -73,10 +73,10 @@ class Problem:
     def answer(self) -> str:
         return self.work.answer
 
-    def rework(self, rng: random.Random) -> Work:
-        """A right solution, in one of the orders in which its steps can be taken."""
+    def works(self) -> list[Work]:
+        """The right solutions: one for each order in which its steps can be taken."""
         family = FAMILIES[self.family]
-        return family.work(family.reorder(self.data, rng), None)
+        return [family.work(data, None) for data in family.orders(self.data)]
 
     def slip(self, rng: random.Random) -> Work:
         """A solution with one slip, and what follows from it; its answer is wrong."""
@@ -86,7 +86,7 @@ class Problem:
         """A right solution, and the same with one slip and what follows from it."""
         family = FAMILIES[self.family]
         while True:
-            data = family.reorder(self.data, rng)
+            data = rng.choice(family.orders(self.data))
             wrong = family.work(data, rng)
             if wrong.answer != self.answer:
                 return family.work(data, None), wrong
@@ -98,12 +98,12 @@ class Family(NamedTuple):
     Attributes:
         draw: a question and the data behind it, of a difficulty.
         work: the solution that data leads to; with one slip where it is given a chance.
-        reorder: the data, such that the same answer is reached by steps in another order.
+        orders: of the data, such that the same answer is reached by steps in another order.
     """
 
     draw: Callable[[random.Random, int], tuple[str, Any]]
     work: Callable[[Any, random.Random | None], Work]
-    reorder: Callable[[Any, random.Random], Any]
+    orders: Callable[[Any], Sequence[Any]]
 
 
 def split_of(question: str) -> Split:
@@ -187,12 +187,11 @@ def _work_chain(expression: str, slip: random.Random | None) -> Work:
     return Work(tuple(steps), str(total))
 
 
-def _reorder_chain(expression: str, rng: random.Random) -> str:
-    """From left to right, or all that is added before what is taken away."""
+def _orders_of_chain(expression: str) -> Sequence[str]:
+    """From left to right; all that is added before what is taken away."""
     first, *rest = re.findall(r"[+-]? ?\d+", expression)
-    if rng.random() < 0.5:
-        rest.sort(key=lambda term: term.startswith("-"))
-    return " ".join([first, *rest])
+    added_first = sorted(rest, key=lambda term: term.startswith("-"))
+    return [" ".join([first, *terms]) for terms in (rest, added_first)]
 
 
 def _near(value: int, rng: random.Random | None) -> int:
@@ -242,10 +241,8 @@ def _work_legs(animals: Sequence[tuple[str, int]], slip: random.Random | None) -
     return Work(tuple(steps), str(total))
 
 
-def _reorder_legs(
-    animals: Sequence[tuple[str, int]], rng: random.Random
-) -> Sequence[tuple[str, int]]:
-    return rng.sample(animals, len(animals))
+def _orders_of_legs(animals: Sequence[tuple[str, int]]) -> Sequence[Sequence[tuple[str, int]]]:
+    return list(permutations(animals))
 
 
 # Filtering by comparison
@@ -285,9 +282,8 @@ def _work_filter(data: tuple[Sequence[str], str, str], slip: random.Random | Non
     return Work(tuple(steps), str(kept))
 
 
-def _in_order(data: Any, rng: random.Random) -> Any:
-    """There is one order only."""
-    return data
+def _one_order(data: Any) -> Sequence[Any]:
+    return [data]
 
 
 # Ordering people
@@ -313,9 +309,9 @@ def _work_order(data: tuple[Sequence[str], str, bool, bool], slip: random.Random
     return Work(tuple(steps[::-1] if upwards else steps), answer)
 
 
-def _reorder_order(data: tuple[Sequence[str], str, bool, bool], rng: random.Random) -> Any:
-    """From the one who has most of it downwards, or upwards."""
-    return *data[:3], rng.random() < 0.5
+def _orders_of_order(data: tuple[Sequence[str], str, bool, bool]) -> Sequence[Any]:
+    """From the one who has most of it downwards; upwards."""
+    return [(*data[:3], upwards) for upwards in (False, True)]
 
 
 # Looking up facts
@@ -376,9 +372,9 @@ def _work_facts(
 
 
 FAMILIES: dict[str, Family] = {
-    "chain": Family(_draw_chain, _work_chain, _reorder_chain),
-    "legs": Family(_draw_legs, _work_legs, _reorder_legs),
-    "filter": Family(_draw_filter, _work_filter, _in_order),
-    "order": Family(_draw_order, _work_order, _reorder_order),
-    "facts": Family(_draw_facts, _work_facts, _in_order),
+    "chain": Family(_draw_chain, _work_chain, _orders_of_chain),
+    "legs": Family(_draw_legs, _work_legs, _orders_of_legs),
+    "filter": Family(_draw_filter, _work_filter, _one_order),
+    "order": Family(_draw_order, _work_order, _orders_of_order),
+    "facts": Family(_draw_facts, _work_facts, _one_order),
 }

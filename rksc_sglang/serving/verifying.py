@@ -80,7 +80,7 @@ class Verifications:
         try:
             path = Path(scheduler.model_config.model_path)
             found = profile_of(config.profile, fingerprint(path) if config.profile else "")
-            self.profile, self.skip = found.exit, found.skip
+            self.profile, self.skip, self.merge = found.exit, found.skip, found.merge
             self.exit = LayerExit(runner.model, runner.attn_backend, self._candidates, on_error)
         except (UnsupportedModel, ExitProfileError) as error:
             raise Unsupported(str(error)) from error
@@ -141,8 +141,8 @@ class Verifications:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """For the status page, where the frontend finds the skip gate."""
-        exit_, skip = self.profile, self.skip
+        """For the status page, where the frontend finds skip gate and merge thresholds."""
+        exit_, skip, merge = self.profile, self.skip, self.merge
         return {
             "exit": exit_
             and {
@@ -152,6 +152,8 @@ class Verifications:
                 "layers": list(exit_.rule.layers),
             },
             "skip": skip and {"risk": skip.risk, "delta": skip.delta, "gate": asdict(skip.gate)},
+            "merge": merge
+            and {"risk": merge.risk, "delta": merge.delta, "thresholds": merge.thresholds},
         }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.cgee.exit_rule import CalibratedRule
-from rksc_sglang.cgee.profile import ExitProfile, SkipProfile, update_profile
+from rksc_sglang.cgee.profile import ExitProfile, MergeProfile, SkipProfile, update_profile
 from rksc_sglang.cgee.skip_gate import CalibratedGate
 from rksc_sglang.server_process import ServerProcess
 
@@ -67,8 +67,8 @@ def server(smollm2: Path, logs: Path) -> Iterator[str]:
 def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     """URL of a server in mode balanced; SGLang stops it when a slot leaks.
 
-    Its profile lets all verifications with Yes and No stop after half of the layers, and skips
-    groups that agree.
+    Its profile lets all verifications with Yes and No stop after half of the layers, skips groups
+    that agree, and has a threshold for merging by the next token.
     """
     profile, model = logs / "profile.json", fingerprint(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -77,6 +77,7 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     update_profile(profile, ExitProfile(model, labels, rule, 0.01, 0.05, {}))
     gate = CalibratedGate((10.0, 0.0, 0.0, -7.0), 0.5)  # a share of more than 0.7
     update_profile(profile, SkipProfile(model, gate, 0.01, 0.05, {}))
+    update_profile(profile, MergeProfile(model, {"next": 0.99}, 0.05, 0.05, {}))
     flags = ["--rksc-profile", str(profile)]
     flags += ["--rksc-mode", "balanced", "--rksc-tau", "0.5", "--rksc-guard-share", "1"]
     flags += ["--page-size", "16", "--max-total-tokens", "8192", "--chunked-prefill-size", "256"]

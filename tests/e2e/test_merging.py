@@ -27,9 +27,10 @@ def merged_on(url, rule):
     return program.run(rule, backend=backend).ret_value
 
 
-@pytest.mark.parametrize("by", ["next", "sigma"])
-def test_equal_thoughts_are_merged_and_others_are_not(splicing, by):
-    branches = merged_on(splicing, rksc.MergeRule(by, 0.99))
+@pytest.mark.parametrize(("by", "threshold"), [("next", None), ("sigma", 0.99)])
+def test_equal_thoughts_are_merged_and_others_are_not(splicing, by, threshold):
+    """Without a threshold, by the one in the server's profile."""
+    branches = merged_on(splicing, rksc.MergeRule(by, threshold))
     assert [(merge.branch, merge.into) for merge in branches.merged] == [(1, 0)]
     assert branches.merged[0].similarity == pytest.approx(1, abs=0.01)
     assert branches.weights == [2, 0, 1]
@@ -41,6 +42,11 @@ def test_equal_thoughts_are_merged_and_others_are_not(splicing, by):
 def test_without_signatures_it_says_why(server):
     with pytest.raises(rksc.MergeError, match=r"sigma.*mode exact"):
         merged_on(server, rksc.MergeRule("sigma", 0.9))
+
+
+def test_a_threshold_that_the_profile_does_not_have_is_asked_for(splicing):
+    with pytest.raises(rksc.MergeError, match="threshold: by='sigma'"):
+        merged_on(splicing, rksc.MergeRule("sigma"))
 
 
 def test_a_signature_is_shown_where_it_is_asked_for(splicing):

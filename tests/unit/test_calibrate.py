@@ -1,18 +1,26 @@
 """From recorded groups to a profile that the server loads."""
 
-import argparse
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rksc_sglang.calibrate import asked_problems, calibrate, lens_layers, parser
+from rksc_sglang.asks.alike import SIGNALS, Thought
+from rksc_sglang.asks.merge_calibration import compare
+from rksc_sglang.calibrate import (
+    asked_problems,
+    calibrate,
+    calibrate_merging,
+    lens_layers,
+    parser,
+)
 from rksc_sglang.cgee.calibration import Judged
 from rksc_sglang.cgee.profile import (
-    CgeeProfile,
+    CalibratedParts,
     ExitProfile,
     ExitProfileError,
+    MergeProfile,
     SkipProfile,
     profile_of,
     update_profile,
@@ -72,18 +80,18 @@ def test_a_profile_comes_back_as_it_was_written(parts, tmp_path):
     path.write_text(json.dumps({"splice": {"tau": 1}}))
     for part in parts:
         update_profile(path, part)
-    assert profile_of(str(path), "model") == CgeeProfile(*parts)
+    assert profile_of(str(path), "model") == CalibratedParts(*parts)
     assert json.loads(path.read_text())["splice"] == {"tau": 1}
     newer = replace(parts[0], risk=0.5)
     update_profile(path, newer)
-    assert profile_of(str(path), "model") == CgeeProfile(newer, parts[1])
+    assert profile_of(str(path), "model") == CalibratedParts(newer, parts[1])
 
 
 def test_a_profile_without_early_exit_is_one(tmp_path):
     path = tmp_path / "profile.json"
     path.write_text(json.dumps({"splice": {}}))
-    assert profile_of(str(path), "model") == CgeeProfile()
-    assert profile_of(None, "model") == CgeeProfile()
+    assert profile_of(str(path), "model") == CalibratedParts()
+    assert profile_of(None, "model") == CalibratedParts()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"exit": {"model": "model"}}', '{"skip": 3}'])
@@ -111,13 +119,61 @@ def test_shares_are_between_zero_and_one(flags, capsys):
 def test_questions_of_a_file_are_judged_by_their_answers(tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "How many?", "answer": "2 + 3 = 5\\n#### 5"}\n')
-    args = argparse.Namespace(questions=path, seed=0, branches=4, temperature=0.8)
-    (ask,) = asked_problems(args)
-    assert ask.keywords["extract"]("It is 5.") == "5"
-    assert ask.keywords["extract"]("") is None
-    assert ask.keywords["is_right"]("5")
-    assert not ask.keywords["is_right"]("6")
+    (asked,) = asked_problems(path, seed=0)
+    assert asked.question == "How many?"
+    assert asked.extract("It is 5.") == "5"
+    assert asked.extract("") is None
+    assert asked.is_right("5")
+    assert not asked.is_right("6")
+
+
+def thought_rows(count):
+    """Branches whose first word decides their answer, in groups whose majority is clear."""
+    rows = []
+    for _ in range(count):
+        branches, thoughts = [], []
+        for branch in range(6):
+            word = "no" if branch < 2 else "yes"
+            branches.append(
+                {
+                    "text": f"{word} I say\nAnswer: {word}",
+                    "tokens": 10,
+                    "answer": word,
+                    "right": word == "yes",
+                    "ends": [4, 10],
+                }
+            )
+            # What comes next, and the signature, are alike where the answers are not.
+            signature = (1.0, 0.0) if branch % 2 else (0.0, 1.0)
+            following = {branch % 2: 1.0}
+            thoughts.append([Thought(f"{word} I say", word, following, signature)])
+        rows.append({"branches": branches, "alike": compare(thoughts)})
+    return rows
+
+
+def test_signals_that_hold_the_risk_are_in_the_profile(tmp_path):
+    (part,), reasons = calibrate_merging(thought_rows(100), "model", risk=0.05, delta=0.05)
+    assert set(part.thresholds) == {"text", "state"}
+    assert part.thresholds["text"] > 2 / 3, "or those who say yes are merged into those who say no"
+    assert part.evidence["state"]["changed"] == 0
+    assert part.evidence["state"]["problems"] == 100
+    # Two of six go on; four end behind the first line.
+    assert part.evidence["state"]["tokens_saved"] == pytest.approx(24 / 60)
+    assert [reason.split(":")[0] for reason in reasons] == [
+        "no merging by next",
+        "no merging by sigma",
+    ]
+    path = tmp_path / "profile.json"
+    update_profile(path, part)
+    assert profile_of(str(path), "model").merge == part
+
+
+def test_too_few_problems_calibrate_no_merging():
+    parts, reasons = calibrate_merging(thought_rows(20), "model", risk=0.05, delta=0.05)
+    assert parts == []
+    assert all("it takes 59 without an error" in reason for reason in reasons)
+    assert len(reasons) == len(SIGNALS)
 
 
 def test_the_kinds_have_parts_of_their_own():
-    assert (ExitProfile.PART, SkipProfile.PART) == ("exit", "skip")
+    assert (ExitProfile.PART, SkipProfile.PART, MergeProfile.PART) == ("exit", "skip", "merge")

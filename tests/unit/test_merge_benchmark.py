@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks import merge
-from benchmarks.merge_replay import compare
 from benchmarks.statistics import auc
 from rksc_sglang.asks.alike import Thought
+from rksc_sglang.asks.merge_calibration import compare
 
 
 def branch(first, answer, right):

@@ -6,17 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.merge_replay import (
-    at_random,
-    by_signal,
-    compare,
-    fewer_branches,
-    group_of,
-    replay,
-    result_of,
-    sibling_pairs,
-)
+from benchmarks.merge_replay import at_random, fewer_branches, result_of, sibling_pairs
 from rksc_sglang.asks.alike import SIGNALS, Thought
+from rksc_sglang.asks.merge_calibration import by_signal, compare, group_of, replay
 
 
 def sample(*lines, answer=None, right=False):

@@ -81,12 +81,12 @@ def test_the_groups_rule_says_what_is_the_same():
 def test_wrong_rules_are_named():
     with pytest.raises(rksc.MergeError, match="by: expected one of"):
         rksc.MergeRule("meaning")
-    with pytest.raises(rksc.MergeError, match="threshold"):
-        rksc.MergeRule("text")
     group, _ = fork([["a"], ["b"]])
     group += sgl.gen("thought")
     with pytest.raises(rksc.MergeError, match="needs an SGLang server"):
         group.merge("thought", rksc.MergeRule("next", 0.5))
+    with pytest.raises(rksc.MergeError, match=r"threshold: by='text' needs one"):
+        group.merge("thought", rksc.MergeRule("text"))
 
 
 @settings(max_examples=20, deadline=None)
