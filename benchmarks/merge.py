@@ -27,7 +27,13 @@ from rich.progress import track
 import rksc_sglang as rksc
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.merge_replay import at_random, fewer_branches, result_of, sibling_pairs
+from benchmarks.merge_replay import (
+    at_random,
+    fewer_branches,
+    result_of,
+    several_go_on,
+    sibling_pairs,
+)
 from benchmarks.programs.interface import Mechanisms, Settings
 from benchmarks.programs.search import Groups, Node, grow, search
 from benchmarks.reasoner import on_reasoner
@@ -37,6 +43,7 @@ from rksc_sglang.asks.alike import SIGNALS
 from rksc_sglang.asks.merge_calibration import (
     Group,
     Outcome,
+    by_signal,
     calibrate_merge,
     group_of,
     merge_all,
@@ -68,6 +75,8 @@ HINTS = (
 RISKS, DELTA = (0.02, 0.05, 0.1), 0.05
 #: The one that is shipped.
 RISK = 0.05
+#: How many branches of a kind go on.
+GOING_ON = (1, 2, 4)
 #: Of the thresholds, which ones curves show.
 CURVE_STEP = 3
 COMBINED = "combined"
@@ -172,7 +181,7 @@ def _with_controls(
     lines = sum(points_of(sample) for group in groups for sample in group.branches)
     rate, rng = sum(outcome.merges for outcome in merged) / max(lines, 1), random.Random(0)
     at_rate = [replay(group, at_random(rate, rng)) for group in groups]
-    fewer = [fewer_branches(group, outcome.tokens) for group, outcome in zip(groups, merged)]
+    fewer = [fewer_branches(group, outcome.tokens, rng) for group, outcome in zip(groups, merged)]
     return {
         **_condition(before, merged),
         "vs_fewer_branches": _points(merged, fewer),
@@ -181,6 +190,29 @@ def _with_controls(
             "at_random": _condition(before, at_rate),
             "fewer_branches": _condition(before, fewer),
         },
+    }
+
+
+def going_on(groups: Sequence[Group]) -> dict[str, Any]:
+    """What merging is worth where nothing is calibrated, so that all problems can be used.
+
+    Thoughts that come down to the same, and thoughts that are the same word for word, of which
+    one or several branches go on.
+    """
+    before = [replay(group) for group in groups]
+    return {
+        signal: {
+            str(keep): _with_controls(
+                groups,
+                before,
+                [
+                    replay(group, several_go_on(by_signal(group.alike[signal], 1.0), keep))
+                    for group in groups
+                ],
+            )
+            for keep in GOING_ON
+        }
+        for signal in ("state", "text")
     }
 
 
@@ -222,6 +254,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             ]
             for name in aucs
         },
+        "going_on": going_on([*groups["calibration"], *test]),
         **_live(rows),
     }
     if groups[TEXT]:
@@ -234,21 +267,37 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """What each signal's thresholds save and change, where matplotlib is installed."""
+    """What merging changes, and what fewer branches do, where matplotlib is installed."""
     pyplot = harness.pyplot()
     if pyplot is None:
         return
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, value, title in (
-        (axes[0], lambda point: 100 * point["majority_changed_rate"], "majority changed, %"),
-        (axes[1], lambda point: point["accuracy_delta"]["value"], "accuracy, points"),
+    figure, (changed, accuracy) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, curve in summary["curves"].items():
+        saved = [100 * point["tokens_saved"] for point in curve]
+        rates = [100 * point["majority_changed_rate"] for point in curve]
+        changed.plot(saved, rates, "o", markersize=4, label=name)
+    changed.set_ylabel("majority changed, %")
+    changed.set_title("thresholds of each signal")
+    merged = list(summary["going_on"]["text"].values())
+    fewer = [condition["controls"]["fewer_branches"] for condition in merged]
+    for label, points in (
+        ("merged where word for word the same: 1, 2, 4 go on", merged),
+        ("fewer branches", fewer),
     ):
-        for name, curve in summary["curves"].items():
-            saved = [100 * point["tokens_saved"] for point in curve]
-            axis.plot(saved, list(map(value, curve)), "o-", markersize=3, label=name)
+        gains = [point["accuracy_delta"] for point in points]
+        values = [gain["value"] for gain in gains]
+        bars = [
+            [gain["value"] - gain["low"] for gain in gains],
+            [gain["high"] - gain["value"] for gain in gains],
+        ]
+        saved = [100 * point["tokens_saved"] for point in points]
+        accuracy.errorbar(saved, values, yerr=bars, fmt="o-", capsize=3, label=label)
+    accuracy.axhline(0, color="gray", linewidth=0.8)
+    accuracy.set_ylabel("accuracy against all branches, points")
+    accuracy.set_title("votes at equal tokens")
+    for axis in (changed, accuracy):
         axis.set_xlabel("tokens saved, %")
-        axis.set_ylabel(title)
-    axes[0].legend()
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

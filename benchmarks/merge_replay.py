@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,10 +54,27 @@ def at_random(rate: float, rng: random.Random) -> Decide:
     return decide
 
 
-def fewer_branches(group: Group, tokens: int) -> Outcome:
-    """Whole branches, as many of the first ones as these tokens suffice for; at least one."""
+def several_go_on(decide: Decide, keep: int) -> Decide:
+    """As ``decide``, but so many of a kind go on, and the votes of the others are dealt out."""
+
+    def decide_for_several(line: int, places: Sequence[int | None]) -> list[Duplicate]:
+        kinds: dict[int, list[Duplicate]] = {}
+        for duplicate in decide(line, places):
+            kinds.setdefault(duplicate.of, []).append(duplicate)
+        found = []
+        for first, others in kinds.items():
+            staying = [first, *(other.place for other in others[: keep - 1])]
+            for number, other in enumerate(others[keep - 1 :]):
+                found.append(replace(other, of=staying[number % keep]))
+        return found
+
+    return decide_for_several
+
+
+def fewer_branches(group: Group, tokens: int, rng: random.Random) -> Outcome:
+    """Whole branches, as many as these tokens suffice for, of a random order; at least one."""
     kept: list[Sample] = []
-    for sample in group.branches:
+    for sample in rng.sample(group.branches, len(group.branches)):
         if kept and sum(s["tokens"] for s in (*kept, sample)) > tokens:
             break
         kept.append(sample)

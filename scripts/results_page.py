@@ -99,6 +99,23 @@ SECTIONS = (
         {"server_speedup_vs_best_stock": "", "mass_overhead": "at most 0.01"},
     ),
     Section(
+        "merge",
+        "Merging branches that thought the same",
+        "Recorded branches of the reasoner, replayed with merging and without. At the risk of 5 % "
+        "that was asked for, the calibrated threshold merges next to nothing, so none is shipped. "
+        "What bolder merging saves and costs is in the picture and in "
+        "[sharing.md](sharing.md#what-merging-is-worth). The speedup is of self-consistency on a "
+        "live server where equal results are merged.",
+        {
+            "tokens_saved": "0.3",
+            "accuracy_delta": "low end at least -1.5",
+            "vs_fewer_branches": "above 0",
+            "majority_changed_rate": "",
+            "kv_peak_ratio": "",
+            "speedup": "",
+        },
+    ),
+    Section(
         "reasoner",
         "The reasoner",
         "Our small model on problems that it has not seen. It solves, and does not judge yet.",

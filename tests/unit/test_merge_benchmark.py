@@ -77,6 +77,10 @@ def test_signals_conditions_and_controls_are_summarised():
     assert found["controls"]["fewer_branches"]["tokens_saved"] >= summary["tokens_saved"]
     assert found["controls"]["at_random"]["accuracy"] <= 1
     assert summary["curves"]["text"][0]["threshold"] == 1
+    several = summary["going_on"]["state"]
+    saved = [several[keep]["tokens_saved"] for keep in ("1", "2", "4")]
+    assert saved == sorted(saved, reverse=True)
+    assert saved[-1] == pytest.approx(1 - (8 * 30 + 8 * 10) / 480)
     assert summary["speedup"]["ratio"] == pytest.approx(2)
     assert summary["live"]["tree"]["tokens_saved"] == pytest.approx(0.75)
 

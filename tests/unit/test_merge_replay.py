@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.merge_replay import at_random, fewer_branches, result_of, sibling_pairs
+from benchmarks.merge_replay import (
+    at_random,
+    fewer_branches,
+    result_of,
+    several_go_on,
+    sibling_pairs,
+)
 from rksc_sglang.asks.alike import SIGNALS, Thought
 from rksc_sglang.asks.merge_calibration import by_signal, compare, group_of, replay
 
@@ -60,6 +66,16 @@ def test_pairs_are_of_siblings_at_the_same_line():
     assert same[values[:, list(SIGNALS).index("state")] == 1].tolist() == [False, True]
 
 
+def test_several_of_a_kind_go_on_and_share_the_votes():
+    five = group(*[RIGHT] * 5, WRONG)
+    decide = several_go_on(by_signal(five.alike["state"], 1.0), 2)
+    places = [0, 1, 2, 3, 4, 5]
+    assert [(found.place, found.of) for found in decide(1, places)] == [(2, 0), (3, 1), (4, 0)]
+    assert replay(five, decide).merges == 3
+    one = several_go_on(by_signal(five.alike["state"], 1.0), 1)
+    assert replay(five, one) == replay(five, by_signal(five.alike["state"], 1.0))
+
+
 def test_pairs_need_two_branches_with_answers():
     values, same = sibling_pairs(group(RIGHT, sample("what", "now")))
     assert values.shape == (0, len(SIGNALS))
@@ -73,9 +89,11 @@ def test_a_branch_of_fewer_lines_is_compared_at_those():
     assert values[0].tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
-def test_fewer_branches_at_equal_tokens_are_the_first_ones():
-    assert fewer_branches(VOTE, 65).tokens == 60
-    assert fewer_branches(VOTE, 5).answer == "7"
+def test_fewer_branches_at_equal_tokens_are_whole_ones():
+    found = [fewer_branches(VOTE, 65, random.Random(seed)) for seed in range(20)]
+    assert {outcome.tokens for outcome in found} == {60}
+    assert {outcome.answer for outcome in found} == {"7", "8"}
+    assert fewer_branches(VOTE, 5, random.Random(0)).tokens == 30
 
 
 @given(
