@@ -34,7 +34,8 @@ def judge(states: Sequence[Any], ask: Callable[[Any], str] = lambda state: ASK) 
     """Probability of YES for each state, whose assistant's turn is open.
 
     A verification is a copy of the state with one more turn, so it continues the state's cached
-    prefix, and it is asked as soon as the state is done. The states stay as they are.
+    prefix. They are asked together, when all states are done: that takes fewer passes, and was
+    measured to be faster. The states stay as they are.
     """
 
     def one(state: Any) -> float:
@@ -50,6 +51,8 @@ def judge(states: Sequence[Any], ask: Callable[[Any], str] = lambda state: ASK) 
         )
         return probability_of_yes(probe.get_meta_info("verdict"))
 
+    for state in states:
+        state.sync()
     with ThreadPoolExecutor(len(states)) as pool:
         return list(pool.map(one, states))
 

@@ -105,7 +105,8 @@ def verify(
     Each question continues its branch's own cached KV, so it costs its own few tokens. With a
     system prompt of the verifier's own it continues no cached prefix: then the branch's text is
     computed again, unless ``share="similar"`` lets the server take its KV over.
-    A branch is asked as soon as it has finished, while others still generate.
+    Branches are asked together, when all have finished; by a verifier that thinks, each as soon as
+    it has, while others still generate.
 
     Args:
         branches: from ``rksc.fork``, or any states of programs on one SGLang server.
@@ -161,6 +162,9 @@ def verify(
             return f"no variable {var!r}"
         return score(state.stream_executor, asked_for)
 
+    if think is None:
+        for state in states:  # few passes of many questions take less than many passes of few
+            settle(state)
     with ThreadPoolExecutor(len(states)) as pool:
         outcomes = list(pool.map(ask, range(len(states))))
 
