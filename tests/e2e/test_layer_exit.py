@@ -141,7 +141,7 @@ def test_a_group_that_agrees_is_not_verified(splicing):
 
 def test_recording_needs_the_verdicts_as_single_tokens(splicing):
     with pytest.raises(RecordError, match="'YES' is not a single token"):
-        Recorder(splicing)
+        _ = Recorder(splicing).labels
 
 
 @sgl.function
