@@ -25,7 +25,7 @@ Alike = Sequence[np.ndarray]
 #: Which of the branches that are still there at a line, from 1 on, are duplicates of others.
 Decide = Callable[[int, Sequence[int | None]], list[Duplicate]]
 #: Tried from the most careful on.
-THRESHOLDS = tuple(1 - 0.02 * step for step in range(46))
+THRESHOLDS = tuple(round(1 - 0.02 * step, 2) for step in range(46))
 
 
 @dataclass(frozen=True)
