@@ -34,7 +34,7 @@ def make_rows(split, count, seed):
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
-        right = [bool(x) for x in rng.permutation([1, 1, 1, 0] * 4)]
+        right = [bool(x) for x in rng.permutation([1, 1, 1, 0] * 2)]
         branches = [branch("a" if r else "b", "7" if r else "8", r) for r in right]
         alike = compare([thoughts("a" if r else "b") for r in right])
         row = {"workload": split, "condition": "recorded", "branches": branches, "alike": alike}
@@ -66,12 +66,12 @@ def test_signals_conditions_and_controls_are_summarised():
     for name in ("state", "next", "sigma", "combined"):
         assert summary["predictor_auc"][name] == pytest.approx(1)
     assert summary["predictor_auc"]["text"] > 0.5
-    assert summary["pairs"] == 50 * 2 * 120
+    assert summary["pairs"] == 50 * 2 * 28
     assert summary["text_model"]["predictor_auc"]["sigma"] == pytest.approx(1)
     found = summary["risks"]["0.05"][summary["signal"]]
     assert found["threshold"] <= 1
-    # Two of sixteen branches go on: the others end behind their first line.
-    assert summary["tokens_saved"] == pytest.approx(1 - (2 * 30 + 14 * 10) / 480)
+    # Two of eight branches go on: the others end behind their first line.
+    assert summary["tokens_saved"] == pytest.approx(1 - (2 * 30 + 6 * 10) / 240)
     assert summary["majority_changed_rate"] == 0
     assert summary["accuracy_delta"]["value"] == 0
     assert found["controls"]["fewer_branches"]["tokens_saved"] >= summary["tokens_saved"]
@@ -80,7 +80,7 @@ def test_signals_conditions_and_controls_are_summarised():
     several = summary["going_on"]["state"]
     saved = [several[keep]["tokens_saved"] for keep in ("1", "2", "4")]
     assert saved == sorted(saved, reverse=True)
-    assert saved[-1] == pytest.approx(1 - (8 * 30 + 8 * 10) / 480)
+    assert saved[-1] == pytest.approx(1 - (6 * 30 + 2 * 10) / 240)
     assert summary["speedup"]["ratio"] == pytest.approx(2)
     assert summary["live"]["tree"]["tokens_saved"] == pytest.approx(0.75)
 
