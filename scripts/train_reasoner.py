@@ -421,7 +421,7 @@ def run(args: argparse.Namespace) -> None:
             if step * args.batch_tokens - sampled >= args.attempts_every:
                 sampled = step * args.batch_tokens
                 right = gather_attempts(model, tokenizer, attempts, 10**6 + step, args.attempts)
-                accuracy = greedy_accuracy(model, tokenizer, 150)
+                accuracy = greedy_accuracy(model, tokenizer, min(150, 5 * args.attempts))
                 write_down(right=right, greedy=accuracy)
                 model.save_pretrained(folder)
             for optimizer in optimizers:
