@@ -246,10 +246,10 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
 
 def _dump(result: Mapping[str, Any]) -> str:
     """JSON that can be read and compared: a row a line."""
+    parts = {key: json.dumps(value, indent=1).replace("\n", "\n ") for key, value in result.items()}
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
-    empty = '"rows": []'
-    before, _, after = json.dumps({**result, "rows": []}, indent=1).rpartition(empty)
-    return f'{before}"rows": [\n{rows}\n ]{after}\n'
+    parts["rows"] = f"[\n{rows}\n ]"
+    return "{\n" + ",\n".join(f' "{key}": {text}' for key, text in parts.items()) + "\n}\n"
 
 
 def pyplot() -> Any:

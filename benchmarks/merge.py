@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from benchmarks.merge_replay import (
 )
 from benchmarks.programs.interface import Mechanisms, Settings
 from benchmarks.programs.search import Groups, Node, grow, search
-from benchmarks.reasoner import on_reasoner
+from benchmarks.reasoner import on_reasoner, serve
 from benchmarks.statistics import auc, mean_gain, paired_ratio
 from benchmarks.throughput_tasks import solved_examples
 from rksc_sglang.asks.alike import SIGNALS
@@ -57,7 +56,6 @@ from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.models import ensure_model
 from rksc_sglang.models.dialogues import END, START, Turn
 from rksc_sglang.models.problems import Problem, extract_answer, problems
-from rksc_sglang.server_process import ServerProcess
 
 BRANCHES = 16
 TEMPERATURE = 0.8
@@ -116,14 +114,12 @@ def recorded(recorder: Recorder, split: str, problem: Problem, examples: str = "
 
 
 def predictor_aucs(
-    groups: Sequence[Group], weights: Sequence[float]
+    groups: Sequence[Group],
 ) -> tuple[dict[str, float | None], dict[str, float]]:
-    """How well each signal, and the combination, tells the pairs that end the same; of how many."""
+    """How well each signal of the groups tells the pairs that end the same; of how many."""
     values, same = pairs_of(groups)
-    scored = {name: values[:, place] for place, name in enumerate(SIGNALS)}
-    scored[COMBINED] = values @ np.array(weights[:-1])
-    facts = {"pairs": len(same), "ends_the_same": float(same.mean())}
-    return {name: auc(one.tolist(), same.tolist()) for name, one in scored.items()}, facts
+    aucs = {name: auc(one.tolist(), same.tolist()) for name, one in zip(groups[0].alike, values.T)}
+    return aucs, {"pairs": len(same), "ends_the_same": float(same.mean())}
 
 
 def pairs_of(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +221,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for split, some in groups.items():
         groups[split] = [with_combination(group, weights) for group in some]
     test = groups["test"]
-    aucs, facts = predictor_aucs(test, weights)
+    aucs, facts = predictor_aucs(test)
     before = [replay(group) for group in test]
     risks: dict[str, Any] = {}
     for risk in RISKS:
@@ -258,7 +254,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         **_live(rows),
     }
     if groups[TEXT]:
-        aucs, facts = predictor_aucs(groups[TEXT], weights)
+        aucs, facts = predictor_aucs(groups[TEXT])
         summary["text_model"] = {"predictor_auc": aucs, **facts}
     if best is not None:
         keys = ("tokens_saved", "kv_peak_ratio", "majority_changed_rate", "accuracy_delta")
@@ -406,26 +402,18 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
         "test": list(itertools.islice(problems("test", args.seed), test)),
     }
     rows: list[Row] = []
-    with serve(model, folder) as server:
+    with serve(model, folder / "server.log", "balanced", tokens=32768) as url:
         for split, some in drawn.items():
-            rows += record(Recorder(server.url), split, some)
-        rows += live(server.url, drawn["test"][:timed], args.seed)
+            rows += record(Recorder(url), split, some)
+        rows += live(url, drawn["test"][:timed], args.seed)
     examples = "".join(
         f"{asked}{END}\n{Turn('assistant', solved)}{START}user\n"
         for asked, solved in solved_examples(3)
     )
-    with serve(str(ensure_model("smollm2")), folder) as server:
-        rows += record(Recorder(server.url), TEXT, drawn["test"][:text], examples=examples)
+    smollm2 = str(ensure_model("smollm2"))
+    with serve(smollm2, folder / "smollm2.log", "balanced", tokens=32768) as url:
+        rows += record(Recorder(url), TEXT, drawn["test"][:text], examples=examples)
     return rows
-
-
-@contextmanager
-def serve(model: str, folder: Path) -> Iterator[ServerProcess]:
-    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "balanced"]
-    flags += ["--max-total-tokens", "32768"]
-    with ServerProcess(flags, log=folder / "server.log") as server:
-        server.wait_ready()
-        yield server
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rksc_sglang.asks.alike import SIGNALS, Duplicate
+from rksc_sglang.asks.alike import Duplicate
 from rksc_sglang.asks.merge_calibration import Decide, Group, Outcome, Sample, points_of, replay
 
 
@@ -18,11 +18,11 @@ def result_of(line: str) -> str:
 
 
 def sibling_pairs(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """Signals, [pairs, signals], of each two siblings behind the same line that both have an
-    answer, and whether it is the same, [pairs].
+    """The group's signals, [pairs, signals], of each two siblings behind the same line that both
+    have an answer, and whether it is the same, [pairs].
     """
     answers = np.array([sample["answer"] for sample in group.branches], dtype=object)
-    values: list[np.ndarray] = [np.empty((0, len(SIGNALS)))]
+    values: list[np.ndarray] = [np.empty((0, len(group.alike)))]
     same: list[np.ndarray] = [np.empty(0, dtype=bool)]
     for line in group.lines:
         there = [
@@ -31,7 +31,7 @@ def sibling_pairs(group: Group) -> tuple[np.ndarray, np.ndarray]:
             if points_of(sample) >= line and sample["answer"] is not None
         ]
         i, j = (np.array(there, dtype=int)[side] for side in np.triu_indices(len(there), 1))
-        values.append(np.stack([group.alike[name][line - 1][i, j] for name in SIGNALS], axis=1))
+        values.append(np.stack([alike[line - 1][i, j] for alike in group.alike.values()], axis=1))
         same.append((answers[i] == answers[j]).astype(bool))
     return np.concatenate(values), np.concatenate(same)
 

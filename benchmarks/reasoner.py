@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,19 @@ def on_reasoner(
     return args, harness.make_result(module, args, rows, ["reasoning-gym"])
 
 
-def measure(args: argparse.Namespace, model: str, folder: Path) -> list[Row]:
-    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "off"]
-    flags += ["--max-total-tokens", "65536"]
-    with ServerProcess(flags, log=folder / "server.log") as server:
+@contextmanager
+def serve(model: str, log: Path, mode: str, *flags: str, tokens: int = 65536) -> Iterator[str]:
+    """URL of a server of the model in a mode of RKSC, with a KV pool of so many tokens."""
+    common = ["--model-path", model, "--dtype", "float32", "--rksc-mode", mode]
+    common += ["--max-total-tokens", str(tokens)]
+    with ServerProcess([*common, *flags], log=log) as server:
         server.wait_ready()
-        return list(ask_all(server.url, 120 if args.quick else 1200, args.seed))
+        yield server.url
+
+
+def measure(args: argparse.Namespace, model: str, folder: Path) -> list[Row]:
+    with serve(model, folder / "server.log", "off") as url:
+        return list(ask_all(url, 120 if args.quick else 1200, args.seed))
 
 
 def main() -> None:

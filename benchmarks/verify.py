@@ -27,7 +27,7 @@ from scipy.stats import beta, binom
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.reasoner import on_reasoner
+from benchmarks.reasoner import on_reasoner, serve
 from benchmarks.statistics import mean_gain, paired_ratio
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.calibrate import FIT_SHARE, lens_layers
@@ -48,7 +48,6 @@ from rksc_sglang.cgee.profile import ExitProfile, update_profile
 from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
 from rksc_sglang.models.problems import Problem, extract_answer, problems
-from rksc_sglang.server_process import ServerProcess
 
 BRANCHES, MORE_BRANCHES = 8, 12
 TEMPERATURE = 0.8
@@ -337,11 +336,8 @@ def time_exits(url: str, rows: Sequence[Row], seed: int) -> Iterator[Row]:
 
 def measure(args: Any, model: str, folder: Path) -> list[Row]:
     calibration, count, timed = (240, 120, 40) if args.quick else (2400, 1000, 200)
-    flags = ["--model-path", model, "--dtype", "float32", "--rksc-mode", "balanced"]
-    flags += ["--max-total-tokens", "65536"]
-    with ServerProcess(flags, log=folder / "record.log") as server:
-        server.wait_ready()
-        recorder = Recorder(server.url)
+    with serve(model, folder / "record.log", "balanced") as url:
+        recorder = Recorder(url)
         rows = list(record(recorder, "calibration", args.seed, calibration, "calibration"))
         rows += record(recorder, "test", args.seed, count, "test")
     rule, _ = calibrated(rows, SHIPPED_RISK, True, False)
@@ -353,12 +349,10 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
         fingerprint(Path(model)), tuple(recorder.labels), rule, SHIPPED_RISK, DELTA, {}
     )
     update_profile(profile, part)
-    with ServerProcess(
-        [*flags, "--rksc-profile", str(profile)], log=folder / "timing.log"
-    ) as server:
-        server.wait_ready()
+    flags = ("--rksc-profile", str(profile))
+    with serve(model, folder / "timing.log", "balanced", *flags) as url:
         test = [row for row in rows if row["workload"] == "test"][:timed]
-        rows += time_exits(server.url, test, args.seed)
+        rows += time_exits(url, test, args.seed)
     rows.append({"workload": "rule", "condition": "exit", "rule": asdict(rule)})
     return rows
 

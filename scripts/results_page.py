@@ -9,7 +9,7 @@ Nothing on the page is written by hand but the sentences below: each figure come
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,7 @@ class Section(NamedTuple):
     Attributes:
         name: of its JSON, without the ending.
         text: what was measured, and what to make of it.
-        figures: keys of the summary, or paths of keys, each with what was wanted of it; empty where
-            nothing was.
+        figures: keys of the summary, each with what was wanted of it; empty where nothing was.
     """
 
     name: str
@@ -34,34 +33,7 @@ class Section(NamedTuple):
     figures: Mapping[str, str]
 
 
-#: Ratios of ``benchmarks.throughput`` by program.
-PROGRAMS = (
-    "best_of_n",
-    "self_consistency",
-    "tree_of_thought",
-    "beam_search",
-    "debate",
-    "document_qa",
-)
-
 SECTIONS = (
-    Section(
-        "throughput",
-        "Whole programs",
-        "Whole programs on SmolLM2, one problem at a time and four, in a closed loop; generations "
-        "of given lengths, the same in all conditions. `sglang` is stock SGLang and the program as "
-        "its user wrote it; `sglang_best` its best flags, and the program rewritten for it, with "
-        "the verification as a further turn of each branch; RKSC is mode `balanced`. By program "
-        "the ratio is against `sglang_best`.",
-        {
-            "speedup_vs_no_kv": "at least 3",
-            "speedup_vs_sglang": "at least 1.66",
-            "speedup_vs_sglang_best": "low end above 1",
-            "worst_program_ratio": "at least 0.98",
-            **{f"models/smollm2/programs/{name}": "at least 0.98" for name in PROGRAMS},
-            "paper_setting_vs_no_kv": "at least 3",
-        },
-    ),
     Section(
         "cpu_attention",
         "The ground: attention on a CPU",
@@ -162,14 +134,6 @@ SECTIONS = (
 )
 
 
-def look_up(summary: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What is at a path of keys; None where nothing is."""
-    value: Any = summary
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def figure(value: Any) -> str:
     """A number, or a mapping of one with its interval, as text."""
     if isinstance(value, Mapping):
@@ -204,8 +168,7 @@ def lines() -> Iterator[str]:
         yield f"`python -m {result['benchmark']}`: {kind}, {machine}.\n"
         yield "| figure | measured | wanted |\n|---|---|---|"
         for name, wanted in section.figures.items():
-            found = figure(look_up(result["summary"], name.split("/")))
-            yield f"| `{name.rpartition('/')[2]}` | {found} | {wanted} |"
+            yield f"| `{name}` | {figure(result['summary'].get(name))} | {wanted} |"
         yield ""
         if path.with_suffix(".png").exists():
             yield f"![{section.title}](../benchmarks/results/{section.name}.png)\n"

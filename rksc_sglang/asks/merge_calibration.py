@@ -70,32 +70,37 @@ def compare(thoughts: Sequence[Sequence[Thought]]) -> dict[str, list[list[float]
     Args:
         thoughts: of each branch, behind each of its lines.
     """
-    lines = range(max(map(len, thoughts), default=0))
+    points = list(map(len, thoughts))
     return {
         name: [
-            [round(signal(a, b), 3) for _, a, _, b in _pairs_at(thoughts, line)] for line in lines
+            [
+                round(signal(thoughts[i][line], thoughts[j][line]), 3)
+                for i, j in _pairs_at(points, line)
+            ]
+            for line in range(max(points, default=0))
         ]
         for name, signal in SIGNALS.items()
     }
 
 
-def _pairs_at(branches: Sequence[Sequence[Any]], line: int) -> Iterator[tuple[int, Any, int, Any]]:
-    there = [(place, lines[line]) for place, lines in enumerate(branches) if len(lines) > line]
-    for n, (place, item) in enumerate(there):
-        for earlier, other in there[:n]:
-            yield earlier, other, place, item
+def _pairs_at(points: Sequence[int], line: int) -> Iterator[tuple[int, int]]:
+    """Of the branches that have more points than ``line``; the earlier one first."""
+    there = [place for place, count in enumerate(points) if count > line]
+    for n, place in enumerate(there):
+        for earlier in there[:n]:
+            yield earlier, place
 
 
 def group_of(row: Mapping[str, Any]) -> Group:
     """A recorded row: its ``branches``, and ``alike`` as :func:`compare` gives it."""
     branches = row["branches"]
-    points = [range(points_of(sample)) for sample in branches]
+    points = list(map(points_of, branches))
     alike: dict[str, Alike] = {}
     for name, lines in row["alike"].items():
         matrices = []
         for line, values in enumerate(lines):
             matrix = np.full((len(branches), len(branches)), np.nan)
-            for (i, _, j, _), value in zip(_pairs_at(points, line), values):
+            for (i, j), value in zip(_pairs_at(points, line), values):
                 matrix[i, j] = matrix[j, i] = value
             matrices.append(matrix)
         alike[name] = matrices
@@ -110,14 +115,16 @@ def by_signal(alike: Alike, threshold: float) -> Decide:
     return decide
 
 
-def replay(group: Group, decide: Decide | None = None) -> Outcome:
-    """One problem's branches, merged as ``decide`` says; never, without it."""
+def nobody(line: int, places: Sequence[int | None]) -> list[Duplicate]:
+    return []
+
+
+def replay(group: Group, decide: Decide = nobody) -> Outcome:
+    """One problem's branches, merged as ``decide`` says."""
     samples = group.branches
     weights = [1] * len(samples)
     ends = [sample["tokens"] for sample in samples]
     for line in group.lines:
-        if decide is None:
-            break
         places = [
             place if weights[place] and points_of(sample) >= line else None
             for place, sample in enumerate(samples)
@@ -170,17 +177,20 @@ def calibrate_merge(
     """
     before = [replay(group) for group in groups]
 
-    def changed(threshold: float) -> int:
-        return sum(
-            merged.answer != whole.answer
-            for merged, whole in zip(merge_all(groups, signal, threshold), before)
-        )
+    def changed(after: Sequence[Outcome]) -> int:
+        return sum(merged.answer != whole.answer for merged, whole in zip(after, before))
 
-    threshold, tried = fixed_sequence(thresholds_of(signal), changed, len(groups), risk, delta)
+    threshold, tried = fixed_sequence(
+        thresholds_of(signal),
+        lambda at: changed(merge_all(groups, signal, at)),
+        len(groups),
+        risk,
+        delta,
+    )
     after = merge_all(groups, signal, threshold)
     return threshold, {
         "problems": len(groups),
-        "changed": changed(threshold),
+        "changed": changed(after),
         "tokens_saved": 1 - sum(a.tokens for a in after) / sum(b.tokens for b in before),
         "curve": tried,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from rksc_sglang.asks.alike import Thought
 from rksc_sglang.asks.merge_calibration import compare
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.contract import KEY
-from rksc_sglang.lang.merging import FOLLOWING
+from rksc_sglang.lang.merging import FOLLOWING, with_probe
 from rksc_sglang.models.dialogues import Turn, prompt_of
 
 
@@ -85,9 +84,8 @@ def probe(
     found = {}
     for (question, head), answer in zip(places, recorder.post("/generate", body)):
         meta = answer["meta_info"]
-        if not meta[KEY].get("signature"):
+        seen = with_probe(Thought(head, state(head)), meta)
+        if not seen.signature:
             raise RecordError(f"there are no signatures: {meta[KEY].get('fallback')}")
-        top = meta["output_top_logprobs"][0]
-        following = {token: math.exp(value) for value, token, _ in top}
-        found[question, head] = Thought(head, state(head), following, tuple(meta[KEY]["signature"]))
+        found[question, head] = seen
     return found

@@ -122,9 +122,15 @@ def _probe(state: ProgramState, thought: Thought, rule: MergeRule) -> Thought:
     meta = server.generate(
         executor.text_, contract, return_logprob=True, top_logprobs_num=FOLLOWING
     )["meta_info"]
+    seen = with_probe(thought, meta)
+    if rule.by == "sigma" and not seen.signature:
+        why = (meta.get(KEY) or {}).get("fallback") or "this server has no signatures"
+        raise MergeError(f"by='sigma': {why}")
+    return seen
+
+
+def with_probe(thought: Thought, meta: dict[str, Any]) -> Thought:
+    """What the ``meta_info`` of one token behind a thought says of it."""
     following = {token: math.exp(value) for value, token, _ in meta["output_top_logprobs"][0]}
-    info: dict[str, Any] = meta.get(KEY) or {}
-    signature = info.get("signature")
-    if rule.by == "sigma" and not signature:
-        raise MergeError(f"by='sigma': {info.get('fallback') or 'this server has no signatures'}")
-    return replace(thought, following=following, signature=signature or ())
+    signature = (meta.get(KEY) or {}).get("signature") or ()
+    return replace(thought, following=following, signature=signature)
