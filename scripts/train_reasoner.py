@@ -20,7 +20,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,25 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rksc_sglang.models.dialogues import END, NO, START, YES, Turn, make_dialogue, prompt_of
 from rksc_sglang.models.manifest import write_manifest
-from rksc_sglang.models.problems import Problem, check, problems
+from rksc_sglang.models.problems import DIFFICULTIES, FAMILIES, Problem, check, problems
 
 #: Of each sequence; the second is what long prompts need, a sixteenth of the batches.
 ROW_LENGTHS = (512, 2048)
 LONG_EVERY = 16
 #: Of the dialogues, once there are attempts: about problems that the model has attempted.
-KNOWN_SHARE = 0.4
+KNOWN_SHARE = 0.25
 #: In the loss, of what systems and users say: the facts and steps that they repeat teach copying,
 #: but most of it cannot be foreseen.
 CONTEXT_WEIGHT = 0.1
 #: In the loss, of a verdict: one token, which takes more to learn than all of a solution.
 VERDICT_WEIGHT = 8.0
+#: Prompts sampled in one batch: a GPU takes as long for many.
+AT_ONCE = {"cpu": 64, "cuda": 2048}
 EOS = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -90,10 +94,9 @@ def encode(
     verdicts = verdict_tokens(tokenizer)
     ids: list[int] = []
     weights: list[float] = []
-    for turn in dialogue:
-        head = tokenizer.encode(f"{START}{turn.role}\n", add_special_tokens=False)
-        body = tokenizer.encode(f"{turn.text}{END}", add_special_tokens=False)
-        tail = tokenizer.encode("\n", add_special_tokens=False)
+    pieces = [(f"{START}{turn.role}\n", f"{turn.text}{END}", "\n") for turn in dialogue]
+    encoded = tokenizer(list(itertools.chain(*pieces)), add_special_tokens=False)["input_ids"]
+    for turn, head, body, tail in zip(dialogue, encoded[::3], encoded[1::3], encoded[2::3]):
         ids += head + body + tail
         weight = float(turn.learn) if turn.role == "assistant" else CONTEXT_WEIGHT
         weights += [0.0] * len(head)
@@ -130,32 +133,45 @@ class Attempts:
         return self.texts.get(problem.question, (problem, []))[1]
 
 
-def batch_of(
-    tokenizer: PreTrainedTokenizerFast, attempts: Attempts, seed: int, step: int, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Ids, [rows, length] int64, and their weights, float32, of one step."""
-    rng = random.Random(f"{seed}/{step}")
-    length = ROW_LENGTHS[step % LONG_EVERY == LONG_EVERY - 1]
-    fresh = problems("train", rng.getrandbits(40))
-    known = list(attempts.texts.values())
-    rows, row_weights = [], []
-    for _ in range(max(tokens // length, 1)):
-        ids: list[int] = []
-        weights: list[float] = []
-        while len(ids) < length:
-            again = known and rng.random() < KNOWN_SHARE
-            problem = rng.choice(known)[0] if again else next(fresh)
-            more, more_weights = encode(tokenizer, make_dialogue(problem, rng, attempts))
-            ids += more
-            weights += more_weights
-        rows.append(ids[:length])
-        row_weights.append(weights[:length])
-    return torch.tensor(rows), torch.tensor(row_weights)
+@dataclass
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """By step: ids, [rows, length] int64, and their weights, float32."""
+
+    tokenizer: PreTrainedTokenizerFast
+    attempts: Attempts
+    seed: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        self.known = [problem for problem, _ in self.attempts.texts.values()]
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = random.Random(f"{self.seed}/{step}")
+        length = ROW_LENGTHS[step % LONG_EVERY == LONG_EVERY - 1]
+        rows, row_weights = [], []
+        for _ in range(max(self.tokens // length, 1)):
+            ids: list[int] = []
+            weights: list[float] = []
+            while len(ids) < length:
+                dialogue = make_dialogue(self.draw(rng), rng, self.attempts)
+                more, more_weights = encode(self.tokenizer, dialogue)
+                ids += more
+                weights += more_weights
+            rows.append(ids[:length])
+            row_weights.append(weights[:length])
+        return torch.tensor(rows), torch.tensor(row_weights)
+
+    def draw(self, rng: random.Random) -> Problem:
+        """One that has been attempted, or a new one."""
+        if self.known and rng.random() < KNOWN_SHARE:
+            return rng.choice(self.known)
+        family, difficulty = rng.choice(list(FAMILIES)), rng.choice(DIFFICULTIES)
+        return next(problems("train", rng.getrandbits(40), [family], [difficulty]))
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss of the next tokens, by weight; that of solutions, and that of verdicts."""
-    logits = model(input_ids=ids[:, :-1]).logits
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     losses = nn.functional.cross_entropy(
         logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
@@ -169,12 +185,13 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def sample(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     temperature: float,
-    max_tokens: int = 120,
+    max_tokens: int = 140,
 ) -> list[str]:
     """One answer to each prompt; greedy at temperature 0."""
     tokenizer.padding_side = "left"
@@ -210,13 +227,14 @@ def gather_attempts(
     model.eval()
     right = total = 0
     drawn = sorted(itertools.islice(problems("train", seed), count), key=lambda p: len(p.question))
-    for start in range(0, count, 64):
-        some = drawn[start : start + 64]
-        texts = [
-            sample(model, tokenizer, [ask(p) for p in some], temperature=0.9) for _ in range(each)
-        ]
-        for problem, own in zip(some, zip(*texts)):
-            attempts.add(problem, list(own))
+    together = AT_ONCE[model.device.type] // each
+    for start in range(0, count, together):
+        some = drawn[start : start + together]
+        prompts = [ask(problem) for problem in some for _ in range(each)]
+        texts = sample(model, tokenizer, prompts, temperature=0.9)
+        for i, problem in enumerate(some):
+            own = texts[i * each : (i + 1) * each]
+            attempts.add(problem, own)
             right += sum(check(problem, text) for text in own)
             total += each
     model.train()
@@ -230,8 +248,9 @@ def greedy_accuracy(
     model.eval()
     right: dict[str, list[bool]] = {}
     drawn = list(itertools.islice(problems("calibration", 0), count))
-    for start in range(0, count, 75):
-        some = drawn[start : start + 75]
+    together = AT_ONCE[model.device.type]
+    for start in range(0, count, together):
+        some = drawn[start : start + together]
         for problem, text in zip(
             some, sample(model, tokenizer, [ask(p) for p in some], temperature=0)
         ):
@@ -329,6 +348,7 @@ def parser() -> argparse.ArgumentParser:
     add("--attempts", type=int, default=600, help="problems sampled each time")
     add("--bfloat16", action="store_true", help="compute in it: faster where the processor has it")
     add("--compile", action="store_true", help="half as fast again, after a minute or two")
+    add("--workers", type=int, default=0, help="processes beside this one that make the batches")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
@@ -385,8 +405,9 @@ def run(args: argparse.Namespace) -> None:
         grow(LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32), model)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     optimizers = make_optimizers(model, args.learning_rate, dtype)
-    # Rows have two lengths: two graphs.
-    compute_loss = torch.compile(loss_of, dynamic=False) if args.compile else loss_of
+    if args.compile:
+        for layer in model.model.layers:  # all alike: compiled once for each length of rows
+            layer.compile(dynamic=False)
     attempts, step, sampled = Attempts(), 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
@@ -413,45 +434,54 @@ def run(args: argparse.Namespace) -> None:
             },
         )
 
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        """Until attempts are sampled again."""
+        stop = int(-(-(sampled + args.attempts_every) // args.batch_tokens))
+        return DataLoader(
+            Batches(tokenizer, attempts, args.seed, args.batch_tokens),
+            sampler=range(step, min(stop, total)),
+            batch_size=None,
+            num_workers=args.workers,
+        )
+
+    def late() -> bool:
+        return args.minutes and time.monotonic() - began > 60 * args.minutes
+
     model.train()
     losses: list[tuple[float, float]] = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("training", total=total, completed=step)
-        while step < total:
+        while step < total and not (losses and late()):
             if step * args.batch_tokens - sampled >= args.attempts_every:
                 sampled = step * args.batch_tokens
                 right = gather_attempts(model, tokenizer, attempts, 10**6 + step, args.attempts)
                 accuracy = greedy_accuracy(model, tokenizer, min(150, 5 * args.attempts))
                 write_down(right=right, greedy=accuracy)
                 model.save_pretrained(folder)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * learning_rate(step / total)
-            ids, weights = (
-                x.to(args.device)
-                for x in batch_of(tokenizer, attempts, args.seed, step, args.batch_tokens)
-            )
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
-                loss, solving, judging = compute_loss(model, ids, weights)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            losses.append((solving.item(), judging.item()))
-            rate = args.batch_tokens * len(losses) / (time.monotonic() - began)
-            progress.update(
-                bar, completed=step, description=f"loss {losses[-1][0]:.3f}, {rate:.0f} tokens/s"
-            )
-            if step % 20 == 0:
-                loss, verdicts = (statistics.fmean(x) for x in zip(*losses[-20:]))
-                write_down(loss=loss, verdicts=verdicts, rate=round(rate))
-            if time.monotonic() - saved_at > 300:
-                checkpoint_now()
-                saved_at = time.monotonic()
-            if args.minutes and time.monotonic() - began > 60 * args.minutes:
-                break
+            for ids, weights in batches():
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = args.learning_rate * learning_rate(step / total)
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
+                    loss, *parts = loss_of(model, ids.to(args.device), weights.to(args.device))
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                step += 1
+                losses.append(tuple(torch.stack(parts).tolist()))
+                rate = args.batch_tokens * len(losses) / (time.monotonic() - began)
+                description = f"loss {losses[-1][0]:.3f}, {rate:.0f} tokens/s"
+                progress.update(bar, completed=step, description=description)
+                if step % 20 == 0:
+                    loss, verdicts = (statistics.fmean(x) for x in zip(*losses[-20:]))
+                    write_down(loss=loss, verdicts=verdicts, rate=round(rate))
+                if time.monotonic() - saved_at > 300:
+                    checkpoint_now()
+                    saved_at = time.monotonic()
+                if late():
+                    break
     checkpoint_now()
     model.half().save_pretrained(folder)  # half the size; it is computed in float32 all the same
     write_manifest(folder, {"trained_tokens": step * args.batch_tokens, "seed": args.seed})

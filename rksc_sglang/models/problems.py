@@ -1,7 +1,7 @@
 """Problems with worked steps and checkable answers, for training and judging the reasoner.
 
 Five families: arithmetic chains, counting legs and filtering numbers by comparison come from
-``reasoning-gym``; ordering people and looking up facts are made here. Difficulty goes from 1 to 3.
+``reasoning-gym``; ordering people and looking up facts are made here. Difficulty goes from 1 to 5.
 A problem's split is a function of its text, so that no problem is in two of them.
 
     >>> problem = next(problems("test", seed=0, families=("chain",)))
@@ -16,12 +16,12 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "calibration", "test"]
 
-DIFFICULTIES = (1, 2, 3)
+DIFFICULTIES = (1, 2, 3, 4, 5)
 NAMES = (
     "Ada Ali Amy Ana Ben Bo Cai Cara Dan Dora Eli Emma Eva Finn Gus Ian Ida Ivy Jack Jane Jon Kai "
     "Kim Lea Leo Lily Liv Lou Max Mara Mia Ned Nina Noah Olga Otis Pam Paul Pia Raj Ron Rosa Sam "
@@ -162,14 +162,14 @@ def _gym(name: str, rng: random.Random, **config: Any) -> dict[str, Any]:
 
 
 def _draw_chain(rng: random.Random, difficulty: int) -> tuple[str, Any]:
-    terms = rng.randint(*((2, 3), (3, 4), (4, 5))[difficulty - 1])
+    terms = (3, 4, 5, 5, 6)[difficulty - 1]
     item = _gym(
         "chain_sum",
         rng,
         min_terms=terms,
         max_terms=terms,
-        min_digits=1,
-        max_digits=1 if difficulty == 1 else 2,
+        min_digits=(1, 1, 1, 2, 3)[difficulty - 1],
+        max_digits=(1, 2, 2, 3, 3)[difficulty - 1],
     )
     return item["question"], item["metadata"]["expression"]
 
@@ -188,10 +188,13 @@ def _work_chain(expression: str, slip: random.Random | None) -> Work:
 
 
 def _orders_of_chain(expression: str) -> Sequence[str]:
-    """From left to right; all that is added before what is taken away."""
+    """From the first number on, and round the others from any of them."""
     first, *rest = re.findall(r"[+-]? ?\d+", expression)
-    added_first = sorted(rest, key=lambda term: term.startswith("-"))
-    return [" ".join([first, *terms]) for terms in (rest, added_first)]
+    return [" ".join([first, *terms]) for terms in _rotations(rest)]
+
+
+def _rotations(terms: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [(*terms[i:], *terms[:i]) for i in range(len(terms))]
 
 
 def _near(value: int, rng: random.Random | None) -> int:
@@ -207,10 +210,10 @@ def _draw_legs(rng: random.Random, difficulty: int) -> tuple[str, Any]:
     item = _gym(
         "leg_counting",
         rng,
-        min_animals=(1, 2, 3)[difficulty - 1],
-        max_animals=(2, 2, 3)[difficulty - 1],
-        min_instances=1,
-        max_instances=(4, 6, 9)[difficulty - 1],
+        min_animals=(1, 2, 3, 3, 4)[difficulty - 1],
+        max_animals=(2, 2, 3, 4, 5)[difficulty - 1],
+        min_instances=(1, 1, 1, 5, 10)[difficulty - 1],
+        max_instances=(4, 6, 9, 20, 60)[difficulty - 1],
     )
     return item["question"].strip(), tuple(item["metadata"]["animals"].items())
 
@@ -241,15 +244,11 @@ def _work_legs(animals: Sequence[tuple[str, int]], slip: random.Random | None) -
     return Work(tuple(steps), str(total))
 
 
-def _orders_of_legs(animals: Sequence[tuple[str, int]]) -> Sequence[Sequence[tuple[str, int]]]:
-    return list(permutations(animals))
-
-
 # Filtering by comparison
 
 
 def _draw_filter(rng: random.Random, difficulty: int) -> tuple[str, Any]:
-    numbers = (3, 4, 6)[difficulty - 1]
+    numbers = (3, 4, 6, 7, 8)[difficulty - 1]
     item = _gym(
         "number_filtering",
         rng,
@@ -257,8 +256,8 @@ def _draw_filter(rng: random.Random, difficulty: int) -> tuple[str, Any]:
         max_numbers=numbers,
         min_decimals=0,
         max_decimals=0,
-        min_value=0 if difficulty < 3 else -99,
-        max_value=99,
+        min_value=(0, 0, -99, -99, -999)[difficulty - 1],
+        max_value=(99, 99, 99, 999, 999)[difficulty - 1],
     )
     meta = item["metadata"]
     data = (tuple(meta["original_numbers"]), meta["operation"], meta["filter_value"])
@@ -290,7 +289,7 @@ def _one_order(data: Any) -> Sequence[Any]:
 
 
 def _draw_order(rng: random.Random, difficulty: int) -> tuple[str, Any]:
-    names = tuple(rng.sample(NAMES, (3, 4, 5)[difficulty - 1]))
+    names = tuple(rng.sample(NAMES, (3, 4, 5, 7, 9)[difficulty - 1]))
     more, most, least = rng.choice(COMPARISONS)
     wanted = rng.choice((most, least))
     facts = [f"{a} is {more} than {b}." for a, b in pairwise(names)]
@@ -325,16 +324,16 @@ _ASK = {"city": "Where does {who} live?", "pet": "Which animal does {who} keep?"
 
 
 def _draw_facts(rng: random.Random, difficulty: int) -> tuple[str, Any]:
-    people = (7, 7, 9)[difficulty - 1]
+    people = (8, 8, 9, 10, 12)[difficulty - 1]
     names = rng.sample(NAMES, people)
     columns = [rng.sample(values, people) for values, _ in _RELATIONS.values()]
     rows = tuple(zip(names, *columns))
-    lines = [
-        f"{name} {text.format(value=value)}."
-        for name, *values in rows
-        for (_, text), value in zip(_RELATIONS.values(), values)
-    ]
-    rng.shuffle(lines)
+    lines = []
+    for name, *values in rows:
+        city, job, pet = (
+            text.format(value=value) for (_, text), value in zip(_RELATIONS.values(), values)
+        )
+        lines.append(f"{name} {city}, {job} and {pet}.")
     ask, data = _ask_facts(rows, rng, hops=1 if difficulty == 1 else 2)
     return f"Facts: {' '.join(lines)}\n{ask}", data
 
@@ -373,7 +372,7 @@ def _work_facts(
 
 FAMILIES: dict[str, Family] = {
     "chain": Family(_draw_chain, _work_chain, _orders_of_chain),
-    "legs": Family(_draw_legs, _work_legs, _orders_of_legs),
+    "legs": Family(_draw_legs, _work_legs, _rotations),
     "filter": Family(_draw_filter, _work_filter, _one_order),
     "order": Family(_draw_order, _work_order, _orders_of_order),
     "facts": Family(_draw_facts, _work_facts, _one_order),

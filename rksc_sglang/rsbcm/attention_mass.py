@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from torch import Tensor, nn
 
 from rksc_sglang.compat import has_extension
@@ -55,6 +53,8 @@ class SlotMass:
 
     def of_nodes(self, nodes: Iterable[UnifiedTreeNode]) -> dict[UnifiedTreeNode, float]:
         """Mean mass of each node's slots, over the mean of all slots with any; one transfer."""
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+
         some = list(nodes)
         values = [node.component_data[ComponentType.FULL].value for node in some]
         if not values:
@@ -95,6 +95,8 @@ class AttentionSampler:
         every: int = 16,
         requests: int = 4,
     ) -> None:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
         if not isinstance(pool, MHATokenToKVPool):
             raise UnsupportedModel(f"keys in a {type(pool).__name__} cannot be read")
         self.slot_mass, self.rows, self.pool = slot_mass, rows, pool
