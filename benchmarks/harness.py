@@ -233,14 +233,23 @@ def make_result(
 
 
 def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """Add the summary to a result, print it, and write it to ``path``."""
+    """Add the summary to a result, print it, and write it to ``path``.
+
+    What was measured is kept beside it in a ``.partial`` file, should it make no summary.
+    """
+
+    def write() -> None:
+        if partial is not None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(_dump(result))
+
+    partial = path and path.with_suffix(".partial")
+    write()
     result["summary"] = import_module(result["benchmark"]).summarise(result["rows"])
     print_tables(result)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(_dump(result))
-        temporary.replace(path)
+    write()
+    if path and partial:
+        partial.replace(path)
     return result
 
 

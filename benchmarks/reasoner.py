@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from benchmarks.harness import BenchmarkError, Row
 from benchmarks.statistics import mean_gain
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.models import ensure_model
-from rksc_sglang.models.problems import Problem, check, extract_answer, problems
+from rksc_sglang.models.problems import Problem, check, distinct, extract_answer, problems
 from rksc_sglang.server_process import ServerProcess
 
 SAMPLES = 8
 TEMPERATURE = 0.8
 CONCURRENT = 32
+#: Problems that a server is asked at the same time, once speed has been measured.
+ASKED = 12
 
 
 def ask(recorder: Recorder, problem: Problem) -> Row:
@@ -50,8 +53,9 @@ def ask(recorder: Recorder, problem: Problem) -> Row:
             *recorder.solve(problem.question, SAMPLES, TEMPERATURE),
         )
     ]
-    for sample in samples:
-        yes, no = recorder.verify(problem.question, sample["text"]).final
+    texts = [sample["text"] for sample in samples]
+    for sample, verified in zip(samples, recorder.verify(problem.question, texts)):
+        yes, no = verified.final
         sample["log_odds"] = yes - no
     return {
         "workload": problem.family,
@@ -171,30 +175,24 @@ def measure_speed(recorder: Recorder, drawn: Sequence[Problem]) -> Row:
     return {"workload": "speed", "condition": "reasoner", "tokens_per_s": tokens / seconds}
 
 
-def ask_all(url: str, count: int, seed: int) -> Iterator[Row]:
-    recorder = Recorder(url)
-    stream = problems("test", seed)
-    for _ in range(3):
-        yield measure_speed(recorder, list(itertools.islice(stream, 4 * CONCURRENT)))
-    drawn = list(itertools.islice(stream, count))
-    with ThreadPoolExecutor(CONCURRENT // SAMPLES) as pool:
-        answered = pool.map(lambda problem: ask(recorder, problem), drawn)
-        yield from track(answered, "asking", total=count, console=Console(stderr=True))
-
-
 def on_reasoner(
-    module: str, doc: str | None, measure: Callable[[argparse.Namespace, str, Path], list[Row]]
+    module: str,
+    doc: str | None,
+    measure: Callable[[argparse.Namespace, str, Path], list[Row]],
+    options: Callable[[argparse.ArgumentParser], Any] = lambda command: None,
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command line of a benchmark of the reasoner, or of ``--model-path``, and its result.
 
     Args:
         measure: gives the rows; called with the command line, the model and a scratch folder.
+        options: adds more to the command line.
 
     Raises:
         BenchmarkError: the server could not be asked.
     """
     command = harness.parser(doc or "")
     command.add_argument("--model-path", metavar="PATH", help="default: the embedded reasoner")
+    options(command)
     args = command.parse_args()
     model = args.model_path or str(ensure_model("reasoner"))
     with tempfile.TemporaryDirectory() as folder:
@@ -206,18 +204,55 @@ def on_reasoner(
 
 
 @contextmanager
-def serve(model: str, log: Path, mode: str, *flags: str, tokens: int = 65536) -> Iterator[str]:
+def serve(
+    model: str,
+    log: Path,
+    mode: str,
+    *flags: str,
+    tokens: int = 65536,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[str]:
     """URL of a server of the model in a mode of RKSC, with a KV pool of so many tokens."""
     common = ["--model-path", model, "--dtype", "float32", "--rksc-mode", mode]
     common += ["--max-total-tokens", str(tokens)]
-    with ServerProcess([*common, *flags], log=log) as server:
+    with ServerProcess([*common, *flags], log=log, env=env) as server:
         server.wait_ready()
         yield server.url
 
 
+@contextmanager
+def serve_on_each_core(model: str, folder: Path, mode: str) -> Iterator[list[Recorder]]:
+    """A server of one thread for each core: a model as small as this gains nothing from more."""
+    one = {"OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        logs = [folder / f"{mode}{core}.log" for core in range(os.cpu_count() or 1)]
+        yield [Recorder(stack.enter_context(serve(model, log, mode, env=one))) for log in logs]
+
+
+def ask_each(
+    recorders: Sequence[Recorder],
+    ask: Callable[[Recorder, Problem], Row],
+    drawn: Sequence[Problem],
+    description: str,
+) -> Iterator[Row]:
+    """What each problem's questions give, by the servers in turn, with progress."""
+    turns = [recorders[place % len(recorders)] for place in range(len(drawn))]
+    with ThreadPoolExecutor(ASKED * len(recorders)) as pool:
+        done = pool.map(ask, turns, drawn)
+        yield from track(done, description, total=len(drawn), console=Console(stderr=True))
+
+
 def measure(args: argparse.Namespace, model: str, folder: Path) -> list[Row]:
+    stream = distinct(problems("test", args.seed))
     with serve(model, folder / "server.log", "off") as url:
-        return list(ask_all(url, 120 if args.quick else 1200, args.seed))
+        recorder = Recorder(url)
+        rows = [
+            measure_speed(recorder, list(itertools.islice(stream, 4 * CONCURRENT)))
+            for _ in range(3)
+        ]
+    drawn = list(itertools.islice(stream, 120 if args.quick else 1000))
+    with serve_on_each_core(model, folder, "off") as recorders:
+        return [*rows, *ask_each(recorders, ask, drawn, "asking")]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.text import Passages, machine_texts
 from rksc_sglang.demo.questions import Question, answer_key, load_questions
-from rksc_sglang.models.problems import Problem, problems
+from rksc_sglang.models.problems import Problem, distinct, problems
 
 #: Families of problems that are questions about a text.
 WITH_DOCUMENT = ("facts",)
@@ -58,11 +58,8 @@ def tasks_of(program: str, seed: int, questions: Path | None, document: int) -> 
 
 def unseen_problems(seed: int, families: Sequence[str] = ()) -> Iterator[Task]:
     """Problems of the test split, each once."""
-    seen: set[str] = set()
-    for problem in problems("test", seed, families):
-        if problem.question not in seen:
-            seen.add(problem.question)
-            yield Task(problem.question, _checker(problem))
+    for problem in distinct(problems("test", seed, families)):
+        yield Task(problem.question, _checker(problem))
 
 
 def _checker(problem: Problem) -> Callable[[str | None], bool]:

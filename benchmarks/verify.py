@@ -8,14 +8,14 @@ problem's branches are verified in full and with layer exit, in random order, an
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
 import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from scipy.stats import beta, binom
 
 from benchmarks import harness
 from benchmarks.harness import Row
-from benchmarks.reasoner import on_reasoner, serve
+from benchmarks.reasoner import ask_each, on_reasoner, serve, serve_on_each_core
 from benchmarks.statistics import mean_gain, paired_ratio
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.calibrate import FIT_SHARE, lens_layers
+from rksc_sglang.calibrate import FIT_SHARE, lens_layers, share
 from rksc_sglang.cgee.calibration import (
     Group,
     Judged,
@@ -39,6 +39,7 @@ from rksc_sglang.cgee.calibration import (
     calibrate_skip,
     evidence_of,
     full_winner,
+    needed_problems,
     replay,
     stop_early,
     winners,
@@ -47,34 +48,37 @@ from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.profile import ExitProfile, update_profile
 from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
-from rksc_sglang.models.problems import Problem, extract_answer, problems
+from rksc_sglang.models.problems import Problem, Split, distinct, extract_answer, problems
 
 BRANCHES, MORE_BRANCHES = 8, 12
 TEMPERATURE = 0.8
-#: Of problems that may lose their right answer to early exit, by exit and skip together.
-RISKS = (0.005, 0.01, 0.02)
-SHIPPED_RISK, DELTA = 0.005, 0.05
+DELTA = 0.05
+#: Of the risk: where the promise is put to the test.
+MULTIPLES = (1, 2, 4)
 
 
-def recorded(recorder: Recorder, split: str, problem: Problem) -> Row:
+def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
     """A problem's branches, verified in full; what the paper's rule does to the first eight."""
-    branches = []
-    for number, sample in enumerate(recorder.solve(problem.question, MORE_BRANCHES, TEMPERATURE)):
+    count = MORE_BRANCHES if split == "test" else BRANCHES
+    branches: list[dict[str, Any]] = []
+    for sample in recorder.solve(problem.question, count, TEMPERATURE):
         answer = extract_answer(sample.text)
-        branch: dict[str, Any] = {
-            "answer": answer,
-            "right": answer == problem.answer,
-            "confidence": sample.confidence,
-            "tokens": sample.tokens,
-            "text": sample.text,
-        }
-        if number < BRANCHES:
-            full = recorder.verify(problem.question, sample.text, "observe")
-            branch |= {"lens": _short(full.lens), "final": _short([full.final])[0]}
-            if split == "test":
-                paper = recorder.verify(problem.question, sample.text, "paper")
-                branch["paper"] = {"layer": paper.layer, "scores": _short([paper.scores])[0]}
-        branches.append(branch)
+        branches.append(
+            {
+                "answer": answer,
+                "right": answer == problem.answer,
+                "confidence": sample.confidence,
+                "tokens": sample.tokens,
+                "text": sample.text,
+            }
+        )
+    verified = branches[:BRANCHES]
+    texts = [branch["text"] for branch in verified]
+    for branch, full in zip(verified, recorder.verify(problem.question, texts, "observe")):
+        branch |= {"lens": _short(full.lens), "final": _short([full.final])[0]}
+    if split == "test":
+        for branch, paper in zip(verified, recorder.verify(problem.question, texts, "paper")):
+            branch["paper"] = {"layer": paper.layer, "scores": _short([paper.scores])[0]}
     return {
         "workload": split,
         "condition": "recorded",
@@ -108,17 +112,17 @@ def calibrated(
     groups = groups_of(rows, "calibration")
     cut = int(len(groups) * FIT_SHARE)
     fit, test = groups[:cut], groups[cut:]
-    share = 2 if exit_ and skip else 1
+    sharers = 2 if exit_ and skip else 1
     rule = gate = None
     layers = lens_layers(len(groups[0][0].lens) + 1)
     try:
         if exit_:
-            rule, _ = calibrate_exit(fit, test, layers, risk / share, DELTA / share)
+            rule, _ = calibrate_exit(fit, test, layers, risk / sharers, DELTA / sharers)
     except TooLittleData:
         pass
     try:
         if skip:
-            gate, _ = calibrate_skip(fit, test, risk / share, DELTA / share)
+            gate, _ = calibrate_skip(fit, test, risk / sharers, DELTA / sharers)
     except TooLittleData:
         pass
     return rule, gate
@@ -229,9 +233,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     test = [row for row in rows if row["workload"] == "test"]
     groups = groups_of(rows, "test")
     num_layers = len(groups[0][0].lens) + 1
-    rule, _ = calibrated(rows, SHIPPED_RISK, True, False)
-    _, gate = calibrated(rows, SHIPPED_RISK, False, True)
-    both = calibrated(rows, SHIPPED_RISK, True, True)
+    (risk,) = (row["risk"] for row in rows if row["workload"] == "setting")
+    rule, _ = calibrated(rows, risk, True, False)
+    _, gate = calibrated(rows, risk, False, True)
+    both = calibrated(rows, risk, True, True)
     paper = [[b["paper"] for b in row["branches"][:BRANCHES]] for row in test]
     conditions = {
         "full": outcomes(groups),
@@ -247,11 +252,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     rate = table["skip"]["skip_rate"]
     table["skip_at_random"] = _condition(skip_at_random(groups, rate), num_layers)
     held = []
-    for risk in RISKS:
-        found = outcomes(groups, *calibrated(rows, risk, True, True), stop=True)
-        caused = errors(found)["errors"]
+    for asked in (risk * multiple for multiple in MULTIPLES):
+        found = outcomes(groups, *calibrated(rows, asked, True, True), stop=True)
         # Not more than a rate equal to the risk would give in 19 of 20 test sets.
-        held.append({"risk": risk, "errors": caused, "most": int(binom.ppf(0.95, len(test), risk))})
+        most = int(binom.ppf(0.95, len(test), asked))
+        held.append({"risk": asked, "errors": errors(found)["errors"], "most": most})
     more = [
         float(o["right"]) - float(majority_of(row["branches"]))
         for o, row in zip(conditions["all"], test)
@@ -289,15 +294,6 @@ def _speed(timing: Sequence[Row], name: str) -> dict[str, float] | None:
 # Measuring
 
 
-def record(
-    recorder: Recorder, split: Any, seed: int, count: int, description: str
-) -> Iterator[Row]:
-    drawn = list(itertools.islice(problems(split, seed), count))
-    with ThreadPoolExecutor(4) as pool:
-        done = pool.map(lambda problem: recorded(recorder, split, problem), drawn)
-        yield from track(done, description, total=count, console=Console(stderr=True))
-
-
 def forward_seconds(url: str) -> float:
     answer = requests.get(url + "/rksc/status", timeout=60).json()
     return answer["ranks"][0]["prefill_seconds"]
@@ -312,42 +308,39 @@ def time_exits(url: str, rows: Sequence[Row], seed: int) -> Iterator[Row]:
     words = ["Is the answer above correct? Reply with YES or NO.", "Is it right? YES or NO."]
     for number, row in enumerate(track(rows, "timing", console=Console(stderr=True))):
         texts = [branch["text"] for branch in row["branches"][:BRANCHES]]
-        with ThreadPoolExecutor(BRANCHES) as pool:
-            list(pool.map(lambda t, q=row["question"]: recorder.cache(q, t), texts))
-            for place in rng.sample(range(2), 2):
-                exit_, asked = ("off", "layer")[place], words[(number + place) % 2]
-                before, start = forward_seconds(url), time.perf_counter()
-                list(
-                    pool.map(
-                        lambda t, q=row["question"], e=exit_, a=asked: recorder.verify(q, t, e, a),
-                        texts,
-                    )
-                )
-                wall = time.perf_counter() - start
-                yield {
-                    "workload": "timing",
-                    "condition": ("full", "exit")[place],
-                    "repeat": number,
-                    "position": 0,
-                    "wall_seconds": wall,
-                    "forward_seconds": forward_seconds(url) - before,
-                }
+        recorder.cache(row["question"], texts)
+        for place in rng.sample(range(2), 2):
+            exit_, asked = ("off", "layer")[place], words[(number + place) % 2]
+            before, start = forward_seconds(url), time.perf_counter()
+            recorder.verify(row["question"], texts, exit_, asked)
+            wall = time.perf_counter() - start
+            yield {
+                "workload": "timing",
+                "condition": ("full", "exit")[place],
+                "repeat": number,
+                "position": 0,
+                "wall_seconds": wall,
+                "forward_seconds": forward_seconds(url) - before,
+            }
 
 
 def measure(args: Any, model: str, folder: Path) -> list[Row]:
-    calibration, count, timed = (240, 120, 40) if args.quick else (2400, 1000, 200)
-    with serve(model, folder / "record.log", "balanced") as url:
-        recorder = Recorder(url)
-        rows = list(record(recorder, "calibration", args.seed, calibration, "calibration"))
-        rows += record(recorder, "test", args.seed, count, "test")
-    rule, _ = calibrated(rows, SHIPPED_RISK, True, False)
+    # As many as can show half of the risk at half of delta: exit and skip share both.
+    enough = round(1.02 * needed_problems(args.risk / 2, DELTA / 2) / (1 - FIT_SHARE))
+    calibration, count, timed = (240, 120, 40) if args.quick else (enough, 1000, 200)
+    rows: list[Row] = [{"workload": "setting", "condition": "asked", "risk": args.risk}]
+    with serve_on_each_core(model, folder, "balanced") as recorders:
+        labels = recorders[0].labels
+        splits: tuple[tuple[Split, int], ...] = (("calibration", calibration), ("test", count))
+        for split, size in splits:
+            drawn = list(itertools.islice(distinct(problems(split, args.seed)), size))
+            rows += ask_each(recorders, partial(recorded, split), drawn, split)
+    rule, _ = calibrated(rows, args.risk, True, False)
     if rule is None:
         print("too few problems for the risk: layer exit is not timed")
         return rows
     profile = folder / "profile.json"
-    part = ExitProfile(
-        fingerprint(Path(model)), tuple(recorder.labels), rule, SHIPPED_RISK, DELTA, {}
-    )
+    part = ExitProfile(fingerprint(Path(model)), tuple(labels), rule, args.risk, DELTA, {})
     update_profile(profile, part)
     flags = ("--rksc-profile", str(profile))
     with serve(model, folder / "timing.log", "balanced", *flags) as url:
@@ -372,12 +365,18 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--risk",
+        type=share,
+        default=0.005,
+        help="of problems that may lose their right answer, by exit and skip together; how many "
+        "problems are recorded for calibration follows from it (default: %(default)s)",
+    )
+
+
 def main() -> None:
-    args, result = on_reasoner("benchmarks.verify", __doc__, measure)
-    if args.json:
-        # Half an hour's rows are kept even where they make no summary.
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result) + "\n")
+    args, result = on_reasoner("benchmarks.verify", __doc__, measure, options)
     summary = harness.report(result, args.json)["summary"]
     if args.json:
         plot(summary, args.json.with_suffix(".png"))

@@ -116,8 +116,8 @@ def parser() -> argparse.ArgumentParser:
         help="find when branches may be merged; --risk is the share of problems whose majority "
         "answer may change",
     )
-    add("--risk", type=_share, default=0.005, help="share of problems that may lose their answer")
-    add("--delta", type=_share, default=0.05, help="chance that the promise does not hold")
+    add("--risk", type=share, default=0.005, help="share of problems that may lose their answer")
+    add("--delta", type=share, default=0.05, help="chance that the promise does not hold")
     add(
         "--questions",
         type=Path,
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")

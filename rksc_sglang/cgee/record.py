@@ -102,32 +102,42 @@ class Recorder:
             samples.append(Sample(answer["text"], meta["completion_tokens"], confidence))
         return samples
 
-    def cache(self, question: str, solution: str) -> None:
-        """Have the server compute a branch, as its generation would have."""
-        text = prompt_of([Turn("user", question)]) + solution
-        self.post("/generate", {"text": text, "sampling_params": {"max_new_tokens": 0}})
+    def cache(self, question: str, solutions: Sequence[str]) -> None:
+        """Have the server compute branches, as their generation would have."""
+        texts = [prompt_of([Turn("user", question)]) + solution for solution in solutions]
+        self.post("/generate", {"text": texts, "sampling_params": {"max_new_tokens": 0}})
 
     def verify(
-        self, question: str, solution: str, exit_: str | None = None, asked: str = QUESTION
-    ) -> Verified:
-        """Ask about a solution behind its own conversation.
+        self,
+        question: str,
+        solutions: Sequence[str],
+        exit_: str | None = None,
+        asked: str = QUESTION,
+    ) -> list[Verified]:
+        """Ask about each solution behind its own conversation, all at once.
 
         Args:
             exit_: as in the request contract; None sends none, for servers without RKSC.
             asked: the question about it.
         """
-        turns = [Turn("user", question), Turn("assistant", solution), Turn("user", asked)]
+        turns = [
+            [Turn("user", question), Turn("assistant", solution), Turn("user", asked)]
+            for solution in solutions
+        ]
         params: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0}
         if exit_ is not None:
             contract = {"share": "exact", "verify": {"labels": [YES, NO], "exit": exit_}}
             params["custom_params"] = {"rksc": contract}
         body = {
-            "text": prompt_of(turns),
+            "text": [prompt_of(dialogue) for dialogue in turns],
             "sampling_params": params,
             "return_logprob": True,
             "token_ids_logprob": self.labels,
         }
-        meta = self.post("/generate", body)["meta_info"]
+        metas = [answer["meta_info"] for answer in self.post("/generate", body)]
+        return [self._verified(meta, exit_) for meta in metas]
+
+    def _verified(self, meta: Mapping[str, Any], exit_: str | None) -> Verified:
         found = {token: value for value, token, _ in meta["output_token_ids_logprobs"][0]}
         final = [found[token] for token in self.labels]
         info = meta.get("rksc") or {}
@@ -146,9 +156,10 @@ class Recorder:
     ) -> Sequence[Judged]:
         """A problem's branches, each verified in full."""
         judged = []
-        for sample in self.solve(question, count, temperature):
+        samples = self.solve(question, count, temperature)
+        verifications = self.verify(question, [sample.text for sample in samples], "observe")
+        for sample, verified in zip(samples, verifications):
             answer = extract(sample.text)
-            verified = self.verify(question, sample.text, "observe")
             judged.append(
                 Judged(
                     answer,

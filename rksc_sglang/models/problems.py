@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -132,6 +132,15 @@ def problems(
         for difficulty in difficulties:
             for family in families:
                 yield _draw(rng, split, family, difficulty)
+
+
+def distinct(stream: Iterable[Problem]) -> Iterator[Problem]:
+    """Each question once: of easy ones there are not many."""
+    seen: set[str] = set()
+    for problem in stream:
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
 
 
 def _draw(rng: random.Random, split: Split, family: str, difficulty: int) -> Problem:
