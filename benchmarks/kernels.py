@@ -36,6 +36,7 @@ from rksc_sglang.kernels.rotate_copy import (
     rotate_copy_reference,
     rotation_for,
 )
+from rksc_sglang.rsbcm.attention_mass import SlotMass, attention_of
 
 HEAD_START = 10_000_000  # device cycles, some milliseconds, in which the host gets ahead of it
 FLUSH = 1 << 26  # float32 values, more than an L2 cache holds
@@ -91,10 +92,7 @@ def make_cases(sizes: Sizes, device: str) -> list[Case]:
             detailed = model is sizes.models[0] and dtype is torch.bfloat16
             cases += _splices(model, dtype, sizes.tokens, detailed, device)
     cases += _exits(sizes, device)
-    try:
-        cases += _masses(sizes.models[0], sizes.tokens[::2], device)
-    except ImportError as error:
-        print(f"attention mass is not measured: {error}")
+    cases += _masses(sizes.models[0], sizes.tokens[::2], device)
     return cases
 
 
@@ -214,8 +212,6 @@ def _exits(sizes: Sizes, device: str) -> Iterator[Case]:
 
 def _masses(model: Model, tokens: Sequence[int], device: str) -> Iterator[Case]:
     """A sample of ``rsbcm.attention_mass``: one query of one layer, four query heads a KV head."""
-    from rksc_sglang.rsbcm.attention_mass import SlotMass, attention_of
-
     _, _, heads, dim = model
     slots = 2 * tokens[-1]
     keys = torch.randn(slots, heads, dim, device=device).bfloat16()

@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
     flags = ["--tokens", "44000", "--attempts-every", "22000", "--attempts", "4"]
     train(folder, *flags, "--minutes", "0.0001")
     assert steps(folder) == 1
-    train(folder, *flags)
+    train(folder, *flags, "--workers", "1")
     return folder
 
 
