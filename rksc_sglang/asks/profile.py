@@ -90,10 +90,13 @@ def fingerprint(model_path: Path) -> str:
     return digest.hexdigest()
 
 
-def shipped_profiles() -> list[SpliceProfile]:
+def shipped_files() -> list[Path]:
     """The profiles of the embedded models."""
-    folder = Path(str(files("rksc_sglang.asks") / "profiles"))
-    found = [SpliceProfile.load(path) for path in sorted(folder.glob("*.json"))]
+    return sorted(Path(str(files("rksc_sglang.asks") / "profiles")).glob("*.json"))
+
+
+def shipped_profiles() -> list[SpliceProfile]:
+    found = map(SpliceProfile.load, shipped_files())
     return [profile for profile in found if profile is not None]
 
 

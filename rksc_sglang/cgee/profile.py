@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rksc_sglang.asks.profile import shipped_files
 from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.skip_gate import CalibratedGate
 
@@ -114,28 +115,34 @@ def profile_of(path: str | None, model: str) -> CalibratedParts:
     """What a profile file has for a model's early exit and merging.
 
     Args:
-        path: of the file; None where no profile was given.
+        path: of the file; None where no profile was given: the one shipped for the model is taken.
         model: the model's fingerprint.
 
     Raises:
         ExitProfileError: the file is no profile, a part of it is malformed, or another model's.
     """
     if path is None:
+        for shipped in shipped_files():
+            parts = _parts_of(shipped)
+            if any(part.model == model for part in parts.values()):
+                return CalibratedParts(**parts)
         return CalibratedParts()
+    parts = _parts_of(Path(path))
+    if any(part.model != model for part in parts.values()):
+        raise ExitProfileError(f"--rksc-profile {path} is of another model")
+    return CalibratedParts(**parts)
+
+
+def _parts_of(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(Path(path).read_text())
-        parts: dict[str, Any] = {
+        raw = json.loads(path.read_text())
+        return {
             kind.PART: kind.of(raw[kind.PART])
             for kind in (ExitProfile, SkipProfile, MergeProfile)
             if raw.get(kind.PART) is not None
         }
-        found = CalibratedParts(**parts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExitProfileError(f"{path} is no profile: {error!r}") from error
-    for part in parts.values():
-        if part.model != model:
-            raise ExitProfileError(f"--rksc-profile {path} is of another model")
-    return found
 
 
 def update_profile(path: Path, part: Part) -> None:

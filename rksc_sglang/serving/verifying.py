@@ -79,7 +79,8 @@ class Verifications:
             raise Unsupported(f"not with the attention backend {backend}")
         try:
             path = Path(scheduler.model_config.model_path)
-            found = profile_of(config.profile, fingerprint(path) if config.profile else "")
+            # Models from elsewhere than a directory have no fingerprint, and no profile.
+            found = profile_of(config.profile, fingerprint(path) if path.is_dir() else "")
             self.profile, self.skip, self.merge = found.exit, found.skip, found.merge
             self.exit = LayerExit(runner.model, runner.attn_backend, self._candidates, on_error)
         except (UnsupportedModel, ExitProfileError) as error:

@@ -46,7 +46,7 @@ def test_it_learns(trained):
 
 def test_it_samples_its_own_attempts(trained):
     (sampled, *_) = [point for point in curve(trained) if "right" in point]
-    assert set(sampled["greedy"]) == {"chain", "legs", "filter", "order", "facts"}
+    assert set(sampled["greedy"]) == {"chain", "legs", "order", "facts"}
     attempts = torch.load(trained / "checkpoint.pt", weights_only=False)["attempts"]
     assert len(attempts) >= 4
     assert all(len(texts) == 4 for _, texts in attempts.values())
