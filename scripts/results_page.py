@@ -140,7 +140,7 @@ SECTIONS = (
     Section(
         "reasoner",
         "The reasoner",
-        "Our small model on problems that it has not seen. It solves, and does not judge yet.",
+        "Our small model on hard problems that it has not seen, its verdicts within problems.",
         {
             "greedy_accuracy": "0.4 to 0.9",
             "majority8_gain": "at least 0.03",
