@@ -7,7 +7,9 @@ import sglang as sgl
 import rksc_sglang as rksc
 from rksc_sglang.server_process import ServerProcess
 
-PROBLEM = "State the final answer to the following arithmetic problem: 5 + 3 ="
+PROBLEM = "State the final answer to the following arithmetic problem: 5 + 3 - 2 = "
+RIGHT = "5 + 3 = 8\n8 - 2 = 6\nAnswer: 6"
+WRONG = "5 + 3 = 8\n8 - 2 = 5\nAnswer: 5"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def reasoner(logs):
 
 def test_it_is_served_by_its_name(reasoner):
     status = requests.get(f"{reasoner}/rksc/status").json()
-    assert status["ranks"][0]["num_layers"] == 8
+    assert status["ranks"][0]["num_layers"] == 12
     assert requests.get(f"{reasoner}/v1/models").json()["data"][0]["id"] == "reasoner"
 
 
@@ -42,9 +44,10 @@ def judge(s, candidate):
     s += rksc.gen_verdict("right")
 
 
-def test_yes_and_no_are_its_labels(reasoner):
-    """What its verdicts are worth is measured by benchmarks.reasoner."""
+def test_it_tells_a_right_solution_from_a_wrong_one(reasoner):
+    """How often is measured by benchmarks.reasoner."""
     backend = sgl.RuntimeEndpoint(reasoner, chat_template_name="chatml")
-    meta = judge.run("5 + 3 = 8\nAnswer: 8", backend=backend).get_meta_info("right")
-    assert meta["labels"] == ("YES", "NO")
-    assert sum(meta["probabilities"]) == pytest.approx(1)
+    verdicts = [judge.run(s, backend=backend).get_meta_info("right") for s in (RIGHT, WRONG)]
+    assert all(verdict["labels"] == ("YES", "NO") for verdict in verdicts)
+    right, wrong = (verdict["probabilities"][0] for verdict in verdicts)
+    assert wrong < 0.5 < right
