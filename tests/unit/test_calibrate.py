@@ -15,6 +15,7 @@ from rksc_sglang.calibrate import (
     lens_layers,
     parser,
 )
+from rksc_sglang.cgee import profile
 from rksc_sglang.cgee.calibration import Judged
 from rksc_sglang.cgee.profile import (
     CalibratedParts,
@@ -107,6 +108,15 @@ def test_the_profile_of_another_model_is_refused(parts, tmp_path):
     update_profile(path, parts[0])
     with pytest.raises(ExitProfileError, match="of another model"):
         profile_of(str(path), "other")
+
+
+def test_the_profile_shipped_for_a_model_is_found(parts, tmp_path, monkeypatch):
+    path = tmp_path / "profile.json"
+    for part in parts:
+        update_profile(path, part)
+    monkeypatch.setattr(profile, "shipped_files", lambda: [path])
+    assert profile_of(None, "model") == CalibratedParts(*parts)
+    assert profile_of(None, "other") == CalibratedParts()
 
 
 @pytest.mark.parametrize("flags", [["--risk", "0"], ["--delta", "1"], ["--risk", "2"]])
