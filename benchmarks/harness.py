@@ -59,6 +59,10 @@ class Condition:
     group: str = ""
 
 
+#: Whose versions a result is of.
+PACKAGES = ("rksc-sglang", "sglang", "torch", "transformers")
+
+
 class BenchmarkError(Exception):
     """A condition failed, so there is nothing to report."""
 
@@ -214,11 +218,10 @@ def make_result(
     module: str,
     args: argparse.Namespace,
     rows: Sequence[Row],
-    more_packages: Sequence[str] = (),
+    packages: Sequence[str] = PACKAGES,
     **config: Any,
 ) -> dict[str, Any]:
     """A result without its summary: where, with what, and how the rows were measured."""
-    packages = ("rksc-sglang", "sglang", "torch", "transformers", *more_packages)
     return {
         "benchmark": module,
         "machine": machine(),

@@ -19,7 +19,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from benchmarks.harness import BenchmarkError, Row, machine, report
-from rksc_sglang.cgee.exit_rule import CalibratedRule
+from benchmarks.harness import BenchmarkError, Row, make_result, report
+from rksc_sglang.cgee.exit_rule import CalibratedRule, lens_logits
 from rksc_sglang.kernels.rotate_copy import (
     Rotation,
     rotate_copy,
@@ -176,8 +175,7 @@ def _exits(sizes: Sizes, device: str) -> Iterator[Case]:
     rule = CalibratedRule((8, 16, 24), (1.0,) * 3, ((0.0, 0.0),) * 3, (LEAD,) * 3, (LEAD,) * 3)
 
     def lens(stream: Tensor, which: Tensor | list[int]) -> Tensor:
-        """As ``LayerExit._look`` computes it."""
-        return rms_norm(stream, (sizes.hidden,), gain).float() @ head[which].float().T
+        return lens_logits(rms_norm(stream, (sizes.hidden,), gain).float(), head, which)
 
     def whole(stream: Tensor) -> Tensor:
         """As a model computes its logits."""
@@ -330,16 +328,10 @@ def main() -> None:
     torch.manual_seed(args.seed)
     sizes, repeats = (QUICK, 5) if args.quick else (FULL, 20)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    versions = {"torch": torch.__version__}
-    if device == "cuda":
-        versions["triton"] = import_module("triton").__version__
-    result: dict[str, Any] = {
-        "benchmark": "benchmarks.kernels",
-        "machine": {**machine(), "device": name},
-        "versions": versions,
-        "config": {"quick": args.quick, "seed": args.seed, "repeats": repeats},
-        "rows": measure(make_cases(sizes, device), device, repeats, args.seed),
-    }
+    rows = measure(make_cases(sizes, device), device, repeats, args.seed)
+    packages = ("torch", "triton") if device == "cuda" else ("torch",)
+    result = make_result("benchmarks.kernels", args, rows, packages, repeats=repeats)
+    result["machine"]["device"] = name
     report(result, args.json)
 
 

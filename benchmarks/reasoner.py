@@ -30,7 +30,7 @@ from benchmarks.harness import BenchmarkError, Row
 from benchmarks.statistics import mean_gain
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.models import ensure_model
-from rksc_sglang.models.problems import HARD, Problem, check, distinct, extract_answer, problems
+from rksc_sglang.models.problems import Problem, check, extract_answer, hard_problems
 from rksc_sglang.server_process import ServerProcess
 
 SAMPLES = 8
@@ -200,7 +200,7 @@ def on_reasoner(
             rows = measure(args, model, Path(folder))
         except RecordError as error:
             raise BenchmarkError(str(error)) from error
-    return args, harness.make_result(module, args, rows, ["reasoning-gym"])
+    return args, harness.make_result(module, args, rows, (*harness.PACKAGES, "reasoning-gym"))
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def ask_each(
 
 
 def measure(args: argparse.Namespace, model: str, folder: Path) -> list[Row]:
-    stream = distinct(problems("test", args.seed, difficulties=HARD))
+    stream = hard_problems("test", args.seed)
     with serve(model, folder / "server.log", "off") as url:
         recorder = Recorder(url)
         rows = [

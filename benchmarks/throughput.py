@@ -353,9 +353,8 @@ def main() -> None:
     def on_part(new: list[Row], run: Row) -> None:
         rows[:] = merged(rows, new)
         runs.append(run)
-        result = harness.make_result(
-            "benchmarks.throughput", args, rows, ["reasoning-gym"], runs=runs
-        )
+        packages = (*harness.PACKAGES, "reasoning-gym")
+        result = harness.make_result("benchmarks.throughput", args, rows, packages, runs=runs)
         print_bars(harness.report(result, args.json)["summary"])
 
     try:

@@ -48,7 +48,7 @@ from rksc_sglang.cgee.exit_rule import CalibratedRule
 from rksc_sglang.cgee.profile import ExitProfile, update_profile
 from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
-from rksc_sglang.models.problems import HARD, Problem, Split, distinct, extract_answer, problems
+from rksc_sglang.models.problems import Problem, Split, extract_answer, hard_problems
 
 BRANCHES, MORE_BRANCHES = 8, 12
 TEMPERATURE = 0.8
@@ -333,8 +333,7 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
         labels = recorders[0].labels
         splits: tuple[tuple[Split, int], ...] = (("calibration", calibration), ("test", count))
         for split, size in splits:
-            stream = distinct(problems(split, args.seed, difficulties=HARD))
-            drawn = list(itertools.islice(stream, size))
+            drawn = list(itertools.islice(hard_problems(split, args.seed), size))
             rows += ask_each(recorders, partial(recorded, split), drawn, split)
     rule, _ = calibrated(rows, args.risk, True, False)
     if rule is None:

@@ -38,7 +38,7 @@ from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.demo.questions import QuestionsError, answer_key, load_questions
 from rksc_sglang.lang.merging import last_line
 from rksc_sglang.models import EmbeddedModelError, ensure_model
-from rksc_sglang.models.problems import HARD, distinct, extract_answer, problems
+from rksc_sglang.models.problems import extract_answer, hard_problems
 from rksc_sglang.server_process import ServerFailedError, ServerProcess
 
 #: Problems that are asked at the same time.
@@ -68,7 +68,7 @@ def lens_layers(num_layers: int, count: int = 3) -> tuple[int, ...]:
 
 def own_problems(seed: int) -> Iterator[Asked]:
     """The reasoner's calibration split."""
-    for problem in distinct(problems("calibration", seed, difficulties=HARD)):
+    for problem in hard_problems("calibration", seed):
         yield Asked(problem.question, extract_answer, partial(operator.eq, problem.answer))
 
 

@@ -445,7 +445,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     def late() -> bool:
-        return args.minutes and time.monotonic() - began > 60 * args.minutes
+        return bool(args.minutes) and time.monotonic() - began > 60 * args.minutes
 
     model.train()
     losses: list[tuple[float, float]] = []

@@ -19,6 +19,20 @@ NEVER = 1e9
 PAPER_FIRST_LAYER, PAPER_ENTROPY, PAPER_CHANGE = 2, 8.0, 3.0
 
 
+def lens_logits(state: Tensor, weight: Tensor, labels: Tensor | list[int]) -> Tensor:
+    """The labels' logits, of no other token.
+
+    Args:
+        state: [requests, hidden_size] float32, behind the final norm.
+        weight: [vocabulary, hidden_size], the output matrix.
+        labels: token ids.
+
+    Returns:
+        [requests, labels] float32.
+    """
+    return state @ weight[labels].float().T
+
+
 class ExitRule(Protocol):
     """Decides about several requests at once.
 

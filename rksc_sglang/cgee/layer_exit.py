@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rksc_sglang.cgee.exit_rule import ExitRule
+from rksc_sglang.cgee.exit_rule import ExitRule, lens_logits
 from rksc_sglang.decoder import UnsupportedModel, decoder_layers
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class LayerExit:
             last = last.to(contribution.device)
             stream = contribution[last] if residual is None else contribution[last] + residual[last]
             state = self.norm(stream).float()
-            group.lens.append(state @ self.head.weight[group.labels].float().T)
+            group.lens.append(lens_logits(state, self.head.weight, group.labels))
             if group.rule.needs_entropy:
                 logprobs = (state @ self.head.weight.float().T).log_softmax(1)
                 group.entropy.append(-(logprobs.exp() * logprobs).sum(1))

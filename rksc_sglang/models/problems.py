@@ -145,6 +145,11 @@ def distinct(stream: Iterable[Problem]) -> Iterator[Problem]:
             yield problem
 
 
+def hard_problems(split: Split, seed: int) -> Iterator[Problem]:
+    """Those of :data:`HARD` difficulties, each once: what benchmarks and calibration ask."""
+    return distinct(problems(split, seed, difficulties=HARD))
+
+
 def _draw(rng: random.Random, split: Split, family: str, difficulty: int) -> Problem:
     while True:
         question, data = FAMILIES[family].draw(rng, difficulty)
