@@ -1,4 +1,4 @@
-"""Best-of-N: the solution that a verifier, with a prompt of its own, finds most probably right."""
+"""Best-of-N: the solution that a verifier, with words of its own, finds most probably right."""
 
 from benchmarks.programs.best_of_n import PROGRAM
 from examples.command import main

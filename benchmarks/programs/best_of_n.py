@@ -1,4 +1,8 @@
-"""Best-of-N: the solution that a verifier, with a prompt of its own, finds most probably right."""
+"""Best-of-N: the solution that a verifier, with words of its own, finds most probably right.
+
+Its words are a further turn of each branch: a system prompt of its own (``system=``) would compute
+problem and candidate again, which candidates as short as these do not pay for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import ASK, VERIFIER, opening
 from benchmarks.programs.states import fork, judge
+
+QUESTION = f"{VERIFIER} {ASK}"
 
 
 @sgl.function
@@ -26,7 +32,7 @@ def solve(
     verdict = rksc.verify(
         group,
         "answer",
-        system=VERIFIER,
+        question=QUESTION,
         share=mechanisms.share,
         exit=mechanisms.exit,
         skip=mechanisms.skip,
@@ -39,12 +45,11 @@ def solve(
 
 @sgl.function
 def solve_plain(s: Any, question: str, settings: Settings = SETTINGS, branches: int = 8) -> Outcome:
-    """The verifier's prompt is a further turn of each branch, which computes nothing again."""
     s += opening(question, settings.examples)
     states = fork(s, branches)
     for i, state in enumerate(states):
         state += settings.generate("answer", i)
-    scores = judge(states, lambda state: f"{VERIFIER} {ASK}")
+    scores = judge(states, lambda state: QUESTION)
     texts = {i: state["answer"] for i, state in enumerate(states)}
     return Outcome.of(texts, scores.index(max(scores)), settings)
 
