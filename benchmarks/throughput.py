@@ -8,11 +8,12 @@ random order; a ratio is of problems a second in one round. Samples are independ
 sampling seeds only with deterministic inference, which no CPU attention backend has.
 
 Parts, with the minutes that the full run is planned to take on 2 cores (3 GB of memory a server):
-speed (45), no_kv (45), ablations (45), open (40: problems arrive at 0.7 of what sglang_best can
-do), accuracy (SmolLM2 45; with --bare 1,008 problems, an hour at 2,000 tokens a second) and paper
-(45). In all but accuracy every generation has a given length, drawn once a problem, and only
-samples that can no longer change the outcome end earlier. Run the parts one by one, with the same
---json file: it keeps what the others measured. --programs divides a part further.
+speed (45), no_kv (45), ablations (45), growth (25: more branches, longer documents), open (40:
+problems arrive at 0.7 of what sglang_best can do), accuracy (SmolLM2 45; with --bare 1,008
+problems, an hour at 2,000 tokens a second) and paper (45). In all but accuracy every generation has
+a given length, drawn once a problem, and only samples that can no longer change the outcome end
+earlier. Run the parts one by one, with the same --json file: it keeps what the others measured.
+--programs divides a part further; growth and paper have programs of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row
 from benchmarks.load import work
-from benchmarks.programs import PROGRAMS, Program, Settings, paper_setting
+from benchmarks.programs import (
+    PROGRAMS,
+    Program,
+    Settings,
+    document_qa,
+    paper_setting,
+    self_consistency,
+)
 from benchmarks.throughput_conditions import (
     OURS,
     PARTS,
@@ -45,7 +53,7 @@ from benchmarks.throughput_conditions import (
     Server,
     conditions_of,
 )
-from benchmarks.throughput_summary import BEST, RKSC, SPEED_MODEL, print_bars
+from benchmarks.throughput_summary import BEST, RKSC, SPEED_MODEL, plot, print_bars
 from benchmarks.throughput_summary import summarise as summarise  # where benchmarks.summarise looks
 from benchmarks.throughput_tasks import (
     Task,
@@ -84,6 +92,7 @@ class Sizes:
         examples: solved ones in front of a problem.
         document: words of prose in front of a question about a text.
         paper_tokens: new tokens of a branch in the paper's setting.
+        branches, documents: of the part "growth": samples of a vote, words in front of a question.
     """
 
     loads: Mapping[str, Sequence[Load]]
@@ -92,6 +101,8 @@ class Sizes:
     examples: int = 3
     document: int = 350
     paper_tokens: Sequence[int] = (8, 32)
+    branches: Sequence[int] = (1, 8, 32)
+    documents: Sequence[int] = (0, 350, 1400)
 
 
 FULL = Sizes(
@@ -99,6 +110,7 @@ FULL = Sizes(
         "speed": (Load(1, 1, 2), Load(4, 4, 3)),
         "no_kv": (Load(1, 1, 2), Load(4, 4, 2)),
         "ablations": (Load(4, 4, 2),),
+        "growth": (Load(2, 2, 3),),
         "open": (Load(4, 8, 1),),
         "accuracy": (Load(4, 8, 2),),
         "paper": (Load(1, 1, 14),),
@@ -117,8 +129,23 @@ QUICK = Sizes(
     examples=1,
     document=100,
     paper_tokens=(8,),
+    branches=(1, 2),
+    documents=(0,),
 )
 BARE_ACCURACY = {False: Load(16, 48, 21), True: Load(16, 48, 1)}  # by --quick
+
+
+class Workload(NamedTuple):
+    """Work for all conditions of a part.
+
+    Attributes:
+        options: further arguments of the program.
+    """
+
+    name: str
+    program: Program
+    tasks: Iterator[Task]
+    options: Mapping[str, Any] = {}
 
 
 class Part:
@@ -141,16 +168,28 @@ class Part:
         self.conditions = conditions_of(name, servers[RKSC].mechanisms())
         examples = 0 if name == "paper" else sizes.examples
         self.settings = Settings(examples=solved_examples(examples))
+        self.workloads = list(self._workloads())
 
     @property
     def runs(self) -> int:
         """How many rows there will be."""
-        programs = self.sizes.paper_tokens if self.name == "paper" else self.args.programs
         rounds = sum(load.rounds for load in self.sizes.loads[self.name])
-        return len(programs) * len(self.conditions) * rounds
+        return len(self.workloads) * len(self.conditions) * rounds
 
-    def _workloads(self) -> Iterator[tuple[str, Program, Iterator[Task]]]:
+    def _workloads(self) -> Iterator[Workload]:
         seed, questions = self.args.seed, self.args.questions
+        if self.name == "growth":
+            span = self.sizes.answers
+            for count in self.sizes.branches:
+                tasks = with_lengths(tasks_of("", seed, questions, 0), span, LENGTHS, seed)
+                program = self_consistency.PROGRAM
+                yield Workload(f"{program.name}_{count}", program, tasks, {"branches": count})
+            for words in self.sizes.documents:
+                program = document_qa.PROGRAM
+                tasks = tasks_of(program.name, seed, questions, words)
+                tasks = with_lengths(tasks, span, LENGTHS, seed)
+                yield Workload(f"{program.name}_{words}", program, tasks)
+            return
         if self.name == "paper":
             from transformers import AutoTokenizer
 
@@ -159,25 +198,26 @@ class Part:
                 program = paper_setting.PROGRAM
                 tasks = tasks_of(program.name, seed + count, questions, 0)
                 tasks = in_the_papers_length(tasks, seed + count, tokenizer, count)
-                yield f"{program.name}_{count}", program, tasks
+                yield Workload(f"{program.name}_{count}", program, tasks)
             return
         for name in self.args.programs:
             tasks = tasks_of(name, seed, questions, self.sizes.document)
             if self.name != "accuracy":
                 span = self.sizes.lines if name in SEARCHES else self.sizes.answers
                 tasks = with_lengths(tasks, span, LENGTHS, seed)
-            yield name, PROGRAMS[name], tasks
+            yield Workload(name, PROGRAMS[name], tasks)
 
     def measure(self) -> Iterator[Row]:
         rng = random.Random(f"{self.args.seed}/{self.name}")
-        for number, (name, program, tasks) in enumerate(self._workloads()):
+        for number, workload in enumerate(self.workloads):
+            name, tasks = workload.name, workload.tasks
             if number == 0:  # first calls allocate and compile
                 for condition in self.conditions:
-                    self._run(condition, program, [WARM_UP], 1)
+                    self._run(condition, workload, [WARM_UP], 1)
             for load in self.sizes.loads[self.name]:
                 for round_ in range(load.rounds):
                     drawn = [next(tasks) for _ in range(load.problems)]
-                    arrivals = self._arrivals(program, tasks, load, rng)
+                    arrivals = self._arrivals(workload, load, rng)
                     place = "open" if arrivals else str(load.concurrency)
                     at_once = load.problems if arrivals else load.concurrency
                     for condition in rng.sample(self.conditions, len(self.conditions)):
@@ -191,18 +231,16 @@ class Part:
                             "program": name,
                             "load": place,
                             "seed": self.args.seed,
-                            **self._run(condition, program, drawn, at_once, arrivals),
+                            **self._run(condition, workload, drawn, at_once, arrivals),
                         }
 
-    def _arrivals(
-        self, program: Program, tasks: Iterator[Task], load: Load, rng: random.Random
-    ) -> list[float] | None:
+    def _arrivals(self, workload: Workload, load: Load, rng: random.Random) -> list[float] | None:
         """Of an open loop: a Poisson process, the same for each condition."""
         if self.name != "open":
             return None
         best = next(condition for condition in self.conditions if condition.name == BEST)
-        drawn = [next(tasks) for _ in range(load.concurrency)]
-        closed = self._run(best, program, drawn, load.concurrency)
+        drawn = [next(workload.tasks) for _ in range(load.concurrency)]
+        closed = self._run(best, workload, drawn, load.concurrency)
         arrivals = [0.0]
         while len(arrivals) < load.problems:
             arrivals.append(arrivals[-1] + rng.expovariate(OPEN_SHARE * closed["throughput"]))
@@ -211,7 +249,7 @@ class Part:
     def _run(
         self,
         condition: Condition,
-        program: Program,
+        workload: Workload,
         tasks: Sequence[Task],
         concurrency: int,
         arrivals: Sequence[float] | None = None,
@@ -225,13 +263,15 @@ class Part:
             with server.meter.peak() as peak:
                 worked = work(
                     tasks,
-                    lambda task: condition.solve(program, self.settings, task, server.endpoint),
+                    lambda task: condition.solve(
+                        workload.program, self.settings, task, server.endpoint, workload.options
+                    ),
                     concurrency,
                     arrivals,
                 )
         except Exception as error:
             server.process.check()
-            raise BenchmarkError(f"{condition.name}: {program.name}: {error!r}") from error
+            raise BenchmarkError(f"{condition.name}: {workload.name}: {error!r}") from error
         server.meter.empty()  # what still runs belongs to this row
         after = server.meter.tokens()
         right = [task.is_right(outcome.answer) for task, outcome in zip(tasks, worked.results)]
@@ -355,7 +395,10 @@ def main() -> None:
         runs.append(run)
         packages = (*harness.PACKAGES, "reasoning-gym")
         result = harness.make_result("benchmarks.throughput", args, rows, packages, runs=runs)
-        print_bars(harness.report(result, args.json)["summary"])
+        summary = harness.report(result, args.json)["summary"]
+        print_bars(summary)
+        if args.json:
+            plot(summary, args.json.with_suffix(".png"))
 
     try:
         measure(args, sizes_of(args), on_part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ PARTS = {
     "speed": (SGLANG, BEST, RKSC),
     "no_kv": (NO_KV, RKSC),
     "ablations": (RKSC, NO_ROOT_FIRST),
+    "growth": (SGLANG, BEST, RKSC),
     "open": (SGLANG, BEST, RKSC),
     "accuracy": (BEST, RKSC),
     "paper": (NO_KV, SGLANG, BEST, RKSC),
@@ -45,12 +46,20 @@ class Condition:
     server: str
     mechanisms: Mechanisms
 
-    def solve(self, program: Program, settings: Settings, task: Task, endpoint: Any) -> Outcome:
+    def solve(
+        self,
+        program: Program,
+        settings: Settings,
+        task: Task,
+        endpoint: Any,
+        options: Mapping[str, Any],
+    ) -> Outcome:
         chosen = replace(settings, lengths=task.lengths)
-        if self.server == BEST:
-            return program.solve_plain.run(task.text, chosen, backend=endpoint).ret_value
-        run: Callable[..., Any] = program.solve.run
-        return run(task.text, chosen, self.mechanisms, backend=endpoint).ret_value
+        asked: tuple[Any, ...] = (task.text, chosen)
+        run: Callable[..., Any] = program.solve_plain.run
+        if self.server != BEST:
+            run, asked = program.solve.run, (*asked, self.mechanisms)
+        return run(*asked, **options, backend=endpoint).ret_value
 
 
 def conditions_of(part: str, mechanisms: Mechanisms) -> list[Condition]:

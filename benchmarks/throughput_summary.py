@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ NO_KV, SGLANG, BEST, RKSC = "no_kv", "sglang", "sglang_best", "rksc"
 BASELINES = (NO_KV, SGLANG, BEST)
 #: Parts whose output lengths are given, the same in all conditions.
 CLOSED_LOOP = ("speed", "no_kv")
+#: What grows in the part "growth", by program.
+GROWTH = {"self_consistency": "branches", "document_qa": "words of the document"}
 #: Of the paper (one A100, models of 7 to 10 B, mean of 20 cells), by what is compared.
 PAPER_ROW = {(RKSC, NO_KV): 3.008, (BEST, NO_KV): 1.808, (RKSC, BEST): 1.66}
 
@@ -37,7 +40,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     judged = models[next((name for name in names if name != SPEED_MODEL), names[0])]
     return {
         **{f"speedup_vs_{baseline}": fast["speedups"][baseline] for baseline in BASELINES},
-        "worst_program_ratio": min(fast["programs"].values(), default=None),
+        "worst_program_ratio": min(fast["programs"][BEST].values(), default=None),
         "paper_setting_vs_no_kv": fast["paper"] and fast["paper"][f"{RKSC}/{NO_KV}"],
         "accuracy_delta": judged["accuracy_delta"],
         "models": models,
@@ -50,13 +53,12 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
 
     # A model on which only accuracy was measured: with the lengths that it gave its answers.
     closed = part(*CLOSED_LOOP) or part("accuracy")
-    against_best = ratios(closed, RKSC, BEST)
+    against = {baseline: ratios(closed, RKSC, baseline) for baseline in BASELINES}
     answered = part("accuracy") or part(*CLOSED_LOOP)
     return {
-        "speedups": {
-            baseline: _geometric_mean(ratios(closed, RKSC, baseline)) for baseline in BASELINES
-        },
-        "programs": _by_program(closed, against_best),
+        "speedups": {baseline: _geometric_mean(groups) for baseline, groups in against.items()},
+        "programs": {baseline: _by_program(closed, groups) for baseline, groups in against.items()},
+        "growth": _by_program(part("growth"), ratios(part("growth"), RKSC, BEST)),
         "accuracy": {
             condition: accuracy(answered, condition) for condition in _conditions(answered)
         },
@@ -162,9 +164,9 @@ def print_bars(summary: Mapping[str, Any]) -> None:
     """Speedups by program, and the paper's row beside ours."""
     console = Console()
     for name, model in summary["models"].items():
-        if model["programs"]:
+        if model["programs"][BEST]:
             table = Table("problems a second", "rksc / sglang_best", title=name)
-            for program, ratio in model["programs"].items():
+            for program, ratio in model["programs"][BEST].items():
                 table.add_row(program, f"{ratio:.3f}")
             console.print(table)
         if model["paper"]:
@@ -172,6 +174,49 @@ def print_bars(summary: Mapping[str, Any]) -> None:
             for (a, b), value in PAPER_ROW.items():
                 table.add_row(f"{a} / {b}", f"{value}", _cell(model["paper"][f"{a}/{b}"]))
             console.print(table)
+
+
+def plot(summary: Mapping[str, Any], path: Path) -> None:
+    """Speedups by program, and seconds a problem by branches and by words, of one model."""
+    pyplot = harness.pyplot()
+    models = summary["models"]
+    name = SPEED_MODEL if SPEED_MODEL in models else next(iter(models))
+    grown = _growth(models[name])
+    if pyplot is None or not models[name]["programs"][BEST]:
+        return
+    figure, axes = pyplot.subplots(1, 1 + len(grown), figsize=(5 + 4 * len(grown), 4))
+    bars, *others = np.atleast_1d(axes)
+    programs = list(dict.fromkeys(p for one in models[name]["programs"].values() for p in one))
+    for place, baseline in enumerate(BASELINES):
+        ratios_ = models[name]["programs"][baseline]
+        at = [programs.index(program) + 0.27 * (place - 1) for program in ratios_]
+        bars.bar(at, list(ratios_.values()), 0.25, label=f"against {baseline}")
+    bars.set_xticks(range(len(programs)), programs, rotation=30, ha="right", fontsize=7)
+    bars.axhline(1, color="black", linewidth=0.5)
+    bars.set_ylabel("problems a second, ratio")
+    bars.legend(fontsize=7)
+    for curve, (program, lines) in zip(others, grown.items()):
+        for condition, points in lines.items():
+            curve.plot(*zip(*sorted(points)), marker="o", label=condition)
+        curve.set_title(program, fontsize=9)
+        curve.set_xlabel(GROWTH[program])
+        curve.set_ylabel("seconds a problem, median")
+        curve.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _growth(model: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Of the part "growth", by program and condition: how much of it, and the seconds it took."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for workload, conditions in model["workloads"].items():
+        _, part, name, _ = workload.split("/")
+        if part == "growth":
+            program, _, size = name.rpartition("_")
+            for condition, row in conditions.items():
+                lines = found.setdefault(program, {})
+                lines.setdefault(condition, []).append((int(size), row["p50"]))
+    return found
 
 
 def _cell(value: Mapping[str, float] | None) -> str:

@@ -14,7 +14,7 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.load import Meter, Tokens, work
 from benchmarks.programs import PROGRAMS, Mechanisms, Outcome, Program, Settings
 from benchmarks.throughput_conditions import NOTHING, PAPER, conditions_of
-from benchmarks.throughput_summary import accuracy_delta, print_bars, ratios, summarise
+from benchmarks.throughput_summary import accuracy_delta, plot, print_bars, ratios, summarise
 from benchmarks.throughput_tasks import (
     Task,
     in_the_papers_length,
@@ -72,7 +72,9 @@ def test_speedups_are_geometric_means_over_programs_of_paired_rounds():
     assert summary["speedup_vs_sglang"]["ratio"] == pytest.approx(2 * root)
     best = summary["speedup_vs_sglang_best"]
     assert best == pytest.approx({"ratio": root, "low": root, "high": root})
-    assert summary["models"]["smollm2"]["programs"] == pytest.approx({"a": 1, "b": 2})
+    assert summary["models"]["smollm2"]["programs"]["sglang_best"] == pytest.approx(
+        {"a": 1, "b": 2}
+    )
     assert summary["worst_program_ratio"] == pytest.approx(1)
 
 
@@ -86,7 +88,7 @@ def test_one_slow_program_is_the_worst_and_not_averaged_away():
 def test_rounds_that_only_one_condition_has_are_no_pairs():
     rows = speed_rows(no_kv=1.0, sglang=2.0, sglang_best=4.0, rksc=4.0)
     rows.append(row("rksc", 1e6, "a", repeat=7))
-    assert summarise(rows)["models"]["smollm2"]["programs"]["a"] == pytest.approx(1)
+    assert summarise(rows)["models"]["smollm2"]["programs"]["sglang_best"]["a"] == pytest.approx(1)
     # Nor are those of different parts, or of different loads.
     rows = [row("rksc", 8.0, part="no_kv"), row("sglang_best", 1.0), row("rksc", 2.0, load="1")]
     assert ratios(rows, "rksc", "sglang_best") == {}
@@ -333,8 +335,8 @@ def part(monkeypatch):
     answers = {p.question: p.answer for p in itertools.islice(problems("test", 0), 80)}
 
     def form(name):
-        def run(text, settings, *mechanisms, backend):
-            asked.append((name, backend, text, settings.lengths, *mechanisms))
+        def run(text, settings, *mechanisms, backend, **options):
+            asked.append((name, backend, text, settings.lengths, *mechanisms, options))
             answer = answers.get(text) if name == "solve" else None
             return SimpleNamespace(ret_value=Outcome(answer, "", [""], {}))
 
@@ -342,6 +344,9 @@ def part(monkeypatch):
 
     program = Program("fake", form("solve"), form("solve_plain"))
     monkeypatch.setattr(throughput, "PROGRAMS", dict.fromkeys(PROGRAMS, program))
+    for grown in (throughput.self_consistency, throughput.document_qa):
+        named = program._replace(name=grown.PROGRAM.name)
+        monkeypatch.setattr(grown, "PROGRAM", named)
 
     class FakeMeter:
         def __init__(self, name):
@@ -396,6 +401,20 @@ def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
     json.dumps(rows)
 
 
+def test_branches_and_documents_grow(part, tmp_path):
+    pytest.importorskip("matplotlib")
+    measured, asked, _ = part("growth")
+    rows = list(measured.measure())
+    assert len(rows) == measured.runs == 3 * 3
+    names = ["self_consistency_1", "self_consistency_2", "document_qa_0"]
+    assert list(dict.fromkeys(one["program"] for one in rows)) == names
+    asked = [call for call in asked if call[2] != throughput.WARM_UP.text]
+    assert [call[-1] for call in asked] == [{"branches": 1}] * 6 + [{"branches": 2}] * 6 + [{}] * 6
+    picture = tmp_path / "throughput.png"
+    plot(summarise([*rows, *part("speed")[0].measure()]), picture)
+    assert picture.stat().st_size > 10_000
+
+
 def test_accuracy_is_measured_where_the_model_ends_by_itself(part):
     measured, asked, _ = part("accuracy", "--bare")
     rows = list(measured.measure())
@@ -415,14 +434,13 @@ def test_problems_arrive_at_the_same_times_under_each_condition(part):
 
 
 def test_a_program_that_fails_reports_nothing(part, monkeypatch):
-    measured, _, _ = part("speed")
-
     def fail(*args, **kwargs):
         raise KeyError("answer")
 
     broken = Program("broken", SimpleNamespace(run=fail), SimpleNamespace(run=fail))
     monkeypatch.setattr(throughput, "PROGRAMS", dict.fromkeys(PROGRAMS, broken))
-    with pytest.raises(BenchmarkError, match=r"sglang: broken: KeyError\('answer'\)"):
+    measured, _, _ = part("speed")
+    with pytest.raises(BenchmarkError, match=r"sglang: debate: KeyError\('answer'\)"):
         list(measured.measure())
 
 
