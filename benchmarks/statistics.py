@@ -1,4 +1,4 @@
-"""Ratios of medians over pairs, and means, with bootstrap intervals; areas under curves."""
+"""Ratios of pairs and means, with bootstrap intervals; areas under curves."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ def geometric_mean_ratio(groups: Sequence[Sequence[float]], seed: int = 0) -> di
         logs += np.log(np.median(array[picks], axis=1))
     center = float(np.exp(np.mean([np.log(np.median(array)) for array in arrays])))
     return {"ratio": center, **_interval(np.exp(logs / len(arrays)))}
+
+
+def ratio_of_sums(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """``sum(a) / sum(b)`` of paired measurements, some of which may be zero, as of
+    :func:`paired_ratio`."""
+    pairs = np.array([a, b], dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(a), size=(RESAMPLES, len(a)))
+    above, below = pairs[:, picks].sum(axis=2)
+    return {"ratio": float(pairs[0].sum() / pairs[1].sum()), **_interval(above / below)}
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from scipy.stats import beta, binom
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.reasoner import ask_each, on_reasoner, serve, serve_on_each_core
-from benchmarks.statistics import mean_gain, paired_ratio
+from benchmarks.statistics import mean_gain, paired_ratio, ratio_of_sums
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.calibrate import FIT_SHARE, lens_layers, share
 from rksc_sglang.cgee.calibration import (
@@ -276,6 +276,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "cgee_error_rate_split": table["all"]["split"]["error_rate"],
         "mended": table["all"]["mended"],
         "accuracy_vs_more_branches": mean_gain(more),
+        "phase_speedup_all": _phase_speed(timing, conditions["all"]),
         "layers_saved": 1 - table["all"]["cost"],
         "tokens_saved": 1 - table["all"]["generated"],
         "calibration_held": int(all(point["errors"] <= point["most"] for point in held)),
@@ -289,6 +290,20 @@ def _speed(timing: Sequence[Row], name: str) -> dict[str, float] | None:
         return None
     full, exit_ = harness.pairs(timing, "timing", name, "full", "exit")
     return paired_ratio(full, exit_)
+
+
+def _phase_speed(
+    timing: Sequence[Row], found: Sequence[Mapping[str, Any]]
+) -> dict[str, float] | None:
+    """Seconds of all verifications of the timed problems in full, over the seconds of those that
+    the condition leaves, with exit."""
+    if not timing:
+        return None
+    seconds = {(row["repeat"], row["condition"]): row["wall_seconds"] for row in timing}
+    timed = sorted({row["repeat"] for row in timing})
+    full = [seconds[place, "full"] for place in timed]
+    some = [0.0 if found[place]["skipped"] else seconds[place, "exit"] for place in timed]
+    return ratio_of_sums(full, some)
 
 
 # Measuring
