@@ -52,7 +52,8 @@ def ratio_of_sums(a: Sequence[float], b: Sequence[float], seed: int = 0) -> dict
     pairs = np.array([a, b], dtype=np.float64)
     picks = np.random.default_rng(seed).integers(0, len(a), size=(RESAMPLES, len(a)))
     above, below = pairs[:, picks].sum(axis=2)
-    return {"ratio": float(pairs[0].sum() / pairs[1].sum()), **_interval(above / below)}
+    with np.errstate(divide="ignore"):  # a resample may have nothing but zeros
+        return {"ratio": float(pairs[0].sum() / pairs[1].sum()), **_interval(above / below)}
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, float]:

@@ -296,8 +296,8 @@ def _phase_speed(
     timing: Sequence[Row], found: Sequence[Mapping[str, Any]]
 ) -> dict[str, float] | None:
     """Seconds of all verifications of the timed problems in full, over the seconds of those that
-    the condition leaves, with exit."""
-    if not timing:
+    the condition leaves, with exit; None where it leaves none."""
+    if all(found[row["repeat"]]["skipped"] for row in timing):
         return None
     seconds = {(row["repeat"], row["condition"]): row["wall_seconds"] for row in timing}
     timed = sorted({row["repeat"] for row in timing})
