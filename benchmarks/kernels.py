@@ -182,6 +182,7 @@ def _exits(sizes: Sizes, device: str) -> Iterator[Case]:
         return rms_norm(stream, (sizes.hidden,), gain) @ head.T
 
     def decide(logits: Tensor) -> list[bool]:
+        logits = logits.cpu()  # the rule works on the host
         earlier = torch.zeros_like(logits)
         return rule.decided(torch.stack([earlier, earlier, logits]), None).tolist()
 

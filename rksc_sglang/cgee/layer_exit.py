@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -234,17 +235,18 @@ class LayerExit:
         if not due:
             return hidden
         contribution, residual = _open(now.batch, hidden)
-        ends = dict(zip(now.rows, now.batch.extend_seq_lens.cumsum(0).tolist()))
+        ends = dict(zip(now.rows, itertools.accumulate(now.batch.extend_seq_lens_cpu)))
         stopped: list[tuple[_Group, list[int]]] = []
         for group in due:
             last = torch.tensor([ends[c.row] - 1 for c in group.candidates])
             last = last.to(contribution.device)
             stream = contribution[last] if residual is None else contribution[last] + residual[last]
             state = self.norm(stream).float()
-            group.lens.append(lens_logits(state, self.head.weight, group.labels))
+            # A handful of numbers: the rule works on the host, which waits for the device once.
+            group.lens.append(lens_logits(state, self.head.weight, group.labels).cpu())
             if group.rule.needs_entropy:
                 logprobs = (state @ self.head.weight.float().T).log_softmax(1)
-                group.entropy.append(-(logprobs.exp() * logprobs).sum(1))
+                group.entropy.append(-(logprobs.exp() * logprobs).sum(1).cpu())
             entropy = torch.stack(group.entropy) if group.entropy else None
             decided = group.rule.decided(torch.stack(group.lens), entropy).tolist()
             stopped.append((group, [place for place, stop in enumerate(decided) if stop]))
@@ -260,7 +262,7 @@ class LayerExit:
         self, now: _Pass, leave: set[int], contribution: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Put the rows in ``leave`` aside; gives the residual stream of the others."""
-        counts = now.batch.extend_seq_lens.tolist()
+        counts = list(now.batch.extend_seq_lens_cpu)
         parts = contribution.split(counts)
         residuals = residual.split(counts) if residual is not None else [None] * len(counts)
         stay = [place for place, row in enumerate(now.rows) if row not in leave]
@@ -287,7 +289,7 @@ class LayerExit:
             return hidden
         rows = dict(now.left)
         contribution, residual = _open(now.batch, hidden)
-        counts = now.batch.extend_seq_lens.tolist()
+        counts = list(now.batch.extend_seq_lens_cpu)
         residuals = residual.split(counts) if residual is not None else [None] * len(counts)
         rows |= zip(now.rows, zip(contribution.split(counts), residuals))
         order = [rows[row] for row in range(now.original.batch_size)]
