@@ -113,8 +113,8 @@ SECTIONS = (
         "Our own tensor code alone, on a Llama-8B's shapes; its tests pass there too. A splice is "
         "one launch for all layers and comes close to the time in which the memory can be read and "
         "written (`floor_share`); `least_speedup` is over the same in torch's own operations. A "
-        "check of layer exit took about a millisecond there, most of it the host's waiting: as much "
-        "as projecting the whole vocabulary would. It waits less since, which was not measured.",
+        "check of layer exit took about a millisecond there, most of it the host's waiting: as "
+        "much as projecting the whole vocabulary would. It waits less since: not measured.",
         {
             "bandwidth_gb_s": "",
             "floor_share/splice 8b bfloat16": "",
