@@ -45,6 +45,11 @@ class LabelScores:
         return (self.rksc or {}).get("exit_layer")
 
     @property
+    def num_layers(self) -> int:
+        """Of the model; 0 where the server does not say."""
+        return (self.rksc or {}).get("num_layers") or 0
+
+    @property
     def best(self) -> str:
         return max(zip(self.probabilities, self.labels), key=lambda pair: pair[0])[1]
 

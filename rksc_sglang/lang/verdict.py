@@ -42,6 +42,8 @@ class Verdict:
         computed_tokens: of those, the ones that were not in the KV cache.
         spliced_tokens: of those, the ones whose KV was computed behind another context.
         exit_layers: the layer at which the branch's verification stopped; None where it did not.
+        computed_layers: that verifications went through, of ``all_layers``, as the server counted
+            them; both 0 where it does not.
         seconds: wall-clock time of the whole call, waiting for unfinished branches included.
     """
 
@@ -58,6 +60,8 @@ class Verdict:
     computed_tokens: int = 0
     spliced_tokens: int = 0
     exit_layers: list[int | None] = field(default_factory=list)
+    computed_layers: int = 0
+    all_layers: int = 0
     seconds: float = 0.0
 
     def explain(self) -> str:
@@ -81,7 +85,8 @@ class Verdict:
         lines.append(
             f"{self.computed_tokens} of {self.prompt_tokens} prompt tokens computed, "
             f"{self.spliced_tokens} spliced, {self.generated_tokens} generated, "
-            f"{1000 * self.seconds:.0f} ms"
+            + (f"{self.computed_layers} of {self.all_layers} layers, " if self.all_layers else "")
+            + f"{1000 * self.seconds:.0f} ms"
         )
         return "\n".join(lines)
 
@@ -191,6 +196,8 @@ def verify(
         computed_tokens=sum(o.prompt_tokens - o.cached_tokens for o in asked.values()),
         spliced_tokens=sum((o.rksc or {}).get("spliced_tokens", 0) for o in asked.values()),
         exit_layers=[asked[b].exit_layer if b in asked else None for b in range(len(states))],
+        computed_layers=sum(o.exit_layer or o.num_layers for o in asked.values()),
+        all_layers=sum(o.num_layers for o in asked.values()),
         seconds=time.perf_counter() - start,
     )
 

@@ -129,6 +129,7 @@ def test_a_profile_lets_verifications_stop_early(splicing):
     assert early.exit_layers == [15] * 3
     assert all(0 < score < 1 for score in early.scores)
     assert "stopped after layer 15" in early.explain()
+    assert "45 of 90 layers" in early.explain()
 
 
 def test_a_group_that_agrees_is_not_verified(splicing):
