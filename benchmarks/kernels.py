@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from benchmarks.harness import BenchmarkError, Row, make_result, report
-from rksc_sglang.cgee.exit_rule import CalibratedRule, lens_logits
+from rksc_sglang.cgee.exit_rule import CalibratedRule, Probe, lens_logits
 from rksc_sglang.kernels.rotate_copy import (
     Rotation,
     rotate_copy,
@@ -172,7 +172,8 @@ def _exits(sizes: Sizes, device: str) -> Iterator[Case]:
     gain = torch.ones(sizes.hidden, **like)
     labels = [sizes.vocabulary // 3, sizes.vocabulary // 2]
     columns = torch.tensor(labels, device=device)
-    rule = CalibratedRule((8, 16, 24), (1.0,) * 3, ((0.0, 0.0),) * 3, (LEAD,) * 3, (LEAD,) * 3)
+    probe = Probe((8, 16, 24), ((),) * 3, ((),) * 3)  # the labels' columns are in its place
+    rule = CalibratedRule(probe, (1.0,) * 3, ((0.0, 0.0),) * 3, LEAD, LEAD)
 
     def lens(stream: Tensor, which: Tensor | list[int]) -> Tensor:
         return lens_logits(rms_norm(stream, (sizes.hidden,), gain).float(), head, which)

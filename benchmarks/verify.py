@@ -1,9 +1,10 @@
 """What early exit saves in verifications, and what it costs in answers, on the reasoner.
 
 Problems of the calibration and of the test split are recorded once: branches, full verifications,
-and what each layer said. Thresholds come from the one, as ``rksc_sglang.calibrate`` finds them; the
-decisions of all conditions are then taken on the other, on the same samples. Times are live: each
-problem's branches are verified in full and with layer exit, in random order, and behind cached KV.
+and what a probe reads in some layers. Probe and thresholds come from the one, as
+``rksc_sglang.calibrate`` finds them; the decisions of all conditions are then taken on the other,
+on the same samples. Times are live: each problem's branches are verified in full and with layer
+exit, in random order, and behind cached KV.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import requests
@@ -30,22 +31,21 @@ from benchmarks.harness import Row
 from benchmarks.reasoner import ask_each, on_reasoner, serve, serve_on_each_core
 from benchmarks.statistics import mean_gain, paired_ratio, ratio_of_sums
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.calibrate import FIT_SHARE, lens_layers, share
+from rksc_sglang.calibrate import FIT_SHARE, share
 from rksc_sglang.cgee.calibration import (
-    Group,
-    Judged,
+    Exits,
     TooLittleData,
     calibrate_exit,
     calibrate_skip,
     evidence_of,
-    full_winner,
     needed_problems,
     replay,
     stop_early,
-    winners,
 )
-from rksc_sglang.cgee.exit_rule import CalibratedRule
-from rksc_sglang.cgee.profile import ExitProfile, update_profile
+from rksc_sglang.cgee.exit_rule import Probe, check_layers
+from rksc_sglang.cgee.judged import Group, Judged, full_winner, is_unanimous, winners
+from rksc_sglang.cgee.probing import fit_probe, probed
+from rksc_sglang.cgee.profile import ExitProfile, probe_of, update_profile
 from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
 from rksc_sglang.models.problems import Problem, Split, extract_answer, hard_problems
@@ -58,7 +58,8 @@ MULTIPLES = (1, 2, 4)
 
 
 def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
-    """A problem's branches, verified in full; what the paper's rule does to the first eight."""
+    """A problem's branches, the first eight verified in full; in tests what the paper's rule does
+    to these."""
     count = MORE_BRANCHES if split == "test" else BRANCHES
     branches: list[dict[str, Any]] = []
     for sample in recorder.solve(problem.question, count, TEMPERATURE):
@@ -75,7 +76,7 @@ def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
     verified = branches[:BRANCHES]
     texts = [branch["text"] for branch in verified]
     for branch, full in zip(verified, recorder.verify(problem.question, texts, "observe")):
-        branch |= {"lens": _short(full.lens), "final": _short([full.final])[0]}
+        branch |= {"states": full.states, "final": _short([full.final])[0]}
     if split == "test":
         for branch, paper in zip(verified, recorder.verify(problem.question, texts, "paper")):
             branch["paper"] = {"layer": paper.layer, "scores": _short([paper.scores])[0]}
@@ -89,14 +90,26 @@ def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
     }
 
 
+def probed_row(row: Row, probe: Probe) -> Row:
+    """The row with what a probe reads in the place of the states, which are too much to keep."""
+    (group,) = probed(groups_of([row], row["workload"], seen="states"), probe)
+    for branch, judged in zip(row["branches"], group):
+        del branch["states"]
+        branch["seen"] = _short(judged.seen)
+    return row
+
+
 def _short(values: Iterable[Iterable[float]]) -> list[list[float]]:
-    return [[round(value, 4) for value in some] for some in values]
+    return [[round(float(value), 4) for value in some] for some in values]
 
 
-def groups_of(rows: Sequence[Row], split: str) -> list[Group]:
-    names = ("answer", "right", "confidence", "lens", "final", "tokens")
+def groups_of(rows: Iterable[Row], split: str, seen: str = "seen") -> list[Group]:
+    names = ("answer", "right", "confidence", "final", "tokens")
     return [
-        [Judged(**{name: b[name] for name in names}) for b in row["branches"][:BRANCHES]]
+        [
+            Judged(**{name: b[name] for name in names}, seen=b[seen])
+            for b in row["branches"][:BRANCHES]
+        ]
         for row in rows
         if row["workload"] == split
     ]
@@ -105,32 +118,64 @@ def groups_of(rows: Sequence[Row], split: str) -> list[Group]:
 # Decisions
 
 
+class Setting(NamedTuple):
+    """What is known beside the problems.
+
+    Attributes:
+        risk: that was asked for.
+    """
+
+    risk: float
+    probe: Probe
+    num_layers: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Setting:
+        (row,) = (row for row in rows if row["workload"] == "setting")
+        return cls(row["risk"], probe_of(row["probe"]), row["num_layers"])
+
+
 def calibrated(
-    rows: Sequence[Row], risk: float, exit_: bool, skip: bool
-) -> tuple[CalibratedRule | None, CalibratedGate | None]:
+    rows: Sequence[Row], setting: Setting, exit_: bool, skip: bool
+) -> tuple[Exits | None, CalibratedGate | None]:
     """What the recorded calibration split gives for a risk, shared where both are used."""
     groups = groups_of(rows, "calibration")
     cut = int(len(groups) * FIT_SHARE)
     fit, test = groups[:cut], groups[cut:]
     sharers = 2 if exit_ and skip else 1
-    rule = gate = None
-    layers = lens_layers(len(groups[0][0].lens) + 1)
+    risk, delta = setting.risk / sharers, DELTA / sharers
+    exits = gate = None
     try:
         if exit_:
-            rule, _ = calibrate_exit(fit, test, layers, risk / sharers, DELTA / sharers)
+            exits = calibrate_exit(fit, test, setting.probe, setting.num_layers, risk, delta)
     except TooLittleData:
         pass
     try:
         if skip:
-            gate, _ = calibrate_skip(fit, test, risk / sharers, DELTA / sharers)
+            gate, _ = calibrate_skip(fit, test, risk, delta)
     except TooLittleData:
         pass
-    return rule, gate
+    return exits, gate
+
+
+def exited(
+    groups: Sequence[Group], exits: Exits | None, num_layers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Layers and scores of all branches, as of :func:`replay`, each by its group's rule."""
+    everyone = [judged for group in groups for judged in group]
+    if exits is None:
+        scores = np.array([judged.final for judged in everyone])
+        return np.full(len(everyone), num_layers), scores
+    layers, scores = replay(exits.rule, everyone, num_layers)
+    bold = np.array([is_unanimous(group) for group in groups for _ in group])
+    agreed = replay(exits.unanimous, everyone, num_layers)
+    return np.where(bold, agreed[0], layers), np.where(bold[:, None], agreed[1], scores)
 
 
 def outcomes(
     groups: Sequence[Group],
-    rule: CalibratedRule | None = None,
+    num_layers: int,
+    exits: Exits | None = None,
     gate: Any = None,
     stopped: Sequence[Sequence[Mapping[str, Any]]] | None = None,
     stop: bool = False,
@@ -138,20 +183,14 @@ def outcomes(
     """For each problem: the answer under full verification and under the condition.
 
     Args:
-        stopped: in the place of a rule, what a live server did: layer and scores of each branch.
+        stopped: in the place of rules, what a live server did: layer and scores of each branch.
         stop: the gate looks each time a branch has finished, and stops the others.
     """
-    num_layers = len(groups[0][0].lens) + 1
-    everyone = [judged for group in groups for judged in group]
-    if rule is not None:
-        layers, scores = replay(rule, everyone)
-    else:
-        layers = np.full(len(everyone), num_layers)
-        scores = np.array([judged.final for judged in everyone])
-        if stopped is not None:
-            flat = [branch for some in stopped for branch in some]
-            layers = np.array([branch["layer"] or num_layers for branch in flat])
-            scores = np.array([branch["scores"] for branch in flat])
+    layers, scores = exited(groups, exits, num_layers)
+    if stopped is not None:
+        flat = [branch for some in stopped for branch in some]
+        layers = np.array([branch["layer"] or num_layers for branch in flat])
+        scores = np.array([branch["scores"] for branch in flat])
     found, start = [], 0
     for group, early in zip(groups, winners(groups, scores)):
         here = slice(start, start + len(group))
@@ -210,10 +249,12 @@ def _condition(found: Sequence[Mapping[str, Any]], num_layers: int) -> dict[str,
     }
 
 
-def skip_at_random(groups: Sequence[Group], rate: float, seed: int = 0) -> list[dict[str, Any]]:
+def skip_at_random(
+    groups: Sequence[Group], num_layers: int, rate: float, seed: int = 0
+) -> list[dict[str, Any]]:
     """As many groups skipped as the gate does, whatever is known of them."""
     rng = random.Random(seed)
-    found = outcomes(groups)
+    found = outcomes(groups, num_layers)
     for place in rng.sample(range(len(groups)), round(rate * len(groups))):
         leader = evidence_of(groups[place]).leader
         right = leader is not None and groups[place][leader].right
@@ -232,28 +273,29 @@ def majority_of(branches: Sequence[Mapping[str, Any]]) -> bool:
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     test = [row for row in rows if row["workload"] == "test"]
     groups = groups_of(rows, "test")
-    num_layers = len(groups[0][0].lens) + 1
-    (risk,) = (row["risk"] for row in rows if row["workload"] == "setting")
-    rule, _ = calibrated(rows, risk, True, False)
-    _, gate = calibrated(rows, risk, False, True)
-    both = calibrated(rows, risk, True, True)
+    setting = Setting.of(rows)
+    num_layers = setting.num_layers
+    exits, _ = calibrated(rows, setting, True, False)
+    _, gate = calibrated(rows, setting, False, True)
+    both = calibrated(rows, setting, True, True)
     paper = [[b["paper"] for b in row["branches"][:BRANCHES]] for row in test]
+    decide = partial(outcomes, groups, num_layers)
     conditions = {
-        "full": outcomes(groups),
-        "skip": outcomes(groups, gate=gate),
-        "exit": outcomes(groups, rule),
-        "stop": outcomes(groups, gate=gate, stop=True),
-        "all": outcomes(groups, *both, stop=True),
-        "paper": outcomes(groups, gate=PaperGate(), stopped=paper),
-        "paper_exit": outcomes(groups, stopped=paper),
-        "paper_skip": outcomes(groups, gate=PaperGate()),
+        "full": decide(),
+        "skip": decide(gate=gate),
+        "exit": decide(exits),
+        "stop": decide(gate=gate, stop=True),
+        "all": decide(*both, stop=True),
+        "paper": decide(gate=PaperGate(), stopped=paper),
+        "paper_exit": decide(stopped=paper),
+        "paper_skip": decide(gate=PaperGate()),
     }
     table = {name: _condition(found, num_layers) for name, found in conditions.items()}
     rate = table["skip"]["skip_rate"]
-    table["skip_at_random"] = _condition(skip_at_random(groups, rate), num_layers)
+    table["skip_at_random"] = _condition(skip_at_random(groups, num_layers, rate), num_layers)
     held = []
-    for asked in (risk * multiple for multiple in MULTIPLES):
-        found = outcomes(groups, *calibrated(rows, asked, True, True), stop=True)
+    for asked in (setting.risk * multiple for multiple in MULTIPLES):
+        found = decide(*calibrated(rows, setting._replace(risk=asked), True, True), stop=True)
         # Not more than a rate equal to the risk would give in 19 of 20 test sets.
         most = int(binom.ppf(0.95, len(test), asked))
         held.append({"risk": asked, "errors": errors(found)["errors"], "most": most})
@@ -262,10 +304,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         for o, row in zip(conditions["all"], test)
     ]
     timing = [row for row in rows if row["workload"] == "timing"]
-    speeds = {name: _speed(timing, name) for name in ("forward_seconds", "wall_seconds")}
+    forward, wall = (_seconds(timing, name) for name in ("forward_seconds", "wall_seconds"))
     return {
-        "exit_speedup": speeds["forward_seconds"],
-        "exit_speedup_wall": speeds["wall_seconds"],
+        # Of the whole phase: a problem's own ratio is that of either a stop or none.
+        "exit_speedup": ratio_of_sums(*forward) if timing else None,
+        "exit_speedup_wall": ratio_of_sums(*wall) if timing else None,
+        "exit_speedup_median": paired_ratio(*forward) if timing else None,
         "verdict_agreement": table["exit"]["verdict_agreement"],
         "mean_exit_layer": table["exit"]["mean_exit_layer"],
         "num_layers": num_layers,
@@ -285,11 +329,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _speed(timing: Sequence[Row], name: str) -> dict[str, float] | None:
-    if not timing:
-        return None
+def _seconds(timing: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
+    """In full and with exit, by problem."""
     full, exit_ = harness.pairs(timing, "timing", name, "full", "exit")
-    return paired_ratio(full, exit_)
+    return full, exit_
 
 
 def _phase_speed(
@@ -321,13 +364,14 @@ def time_exits(url: str, rows: Sequence[Row], seed: int) -> Iterator[Row]:
     """
     recorder, rng = Recorder(url), random.Random(seed)
     words = ["Is the answer above correct? Reply with YES or NO.", "Is it right? YES or NO."]
+    unanimous = [is_unanimous(group) for group in groups_of(rows, "test")]
     for number, row in enumerate(track(rows, "timing", console=Console(stderr=True))):
         texts = [branch["text"] for branch in row["branches"][:BRANCHES]]
         recorder.cache(row["question"], texts)
         for place in rng.sample(range(2), 2):
             exit_, asked = ("off", "layer")[place], words[(number + place) % 2]
             before, start = forward_seconds(url), time.perf_counter()
-            recorder.verify(row["question"], texts, exit_, asked)
+            recorder.verify(row["question"], texts, exit_, asked, unanimous[number])
             wall = time.perf_counter() - start
             yield {
                 "workload": "timing",
@@ -343,25 +387,40 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
     # As many as can show half of the risk at half of delta: exit and skip share both.
     enough = round(1.02 * needed_problems(args.risk / 2, DELTA / 2) / (1 - FIT_SHARE))
     calibration, count, timed = (240, 120, 40) if args.quick else (enough, 1000, 200)
-    rows: list[Row] = [{"workload": "setting", "condition": "asked", "risk": args.risk}]
+    fit = int(calibration * FIT_SHARE)
     with serve_on_each_core(model, folder, "balanced") as recorders:
-        labels = recorders[0].labels
-        splits: tuple[tuple[Split, int], ...] = (("calibration", calibration), ("test", count))
-        for split, size in splits:
-            drawn = list(itertools.islice(hard_problems(split, args.seed), size))
-            rows += ask_each(recorders, partial(recorded, split), drawn, split)
-    rule, _ = calibrated(rows, args.risk, True, False)
-    if rule is None:
+        labels, num_layers = recorders[0].labels, recorders[0].num_layers
+
+        def record(split: Split, drawn: Iterable[Problem], what: str) -> Iterator[Row]:
+            return ask_each(recorders, partial(recorded, split), list(drawn), what)
+
+        drawn = hard_problems("calibration", args.seed)
+        fitted = list(record("calibration", itertools.islice(drawn, fit), "fit"))
+        groups = groups_of(fitted, "calibration", seen="states")
+        probe = fit_probe(groups, check_layers(num_layers))
+        rest = itertools.islice(drawn, calibration - fit)
+        test = itertools.islice(hard_problems("test", args.seed), count)
+        recordings = (
+            fitted,
+            record("calibration", rest, "calibration"),
+            record("test", test, "test"),
+        )
+        rows = [probed_row(row, probe) for row in itertools.chain(*recordings)]
+    asked = {"risk": args.risk, "num_layers": num_layers, "probe": asdict(probe)}
+    rows.insert(0, {"workload": "setting", "condition": "asked", **asked})
+    exits, _ = calibrated(rows, Setting.of(rows), True, False)
+    if exits is None:
         print("too few problems for the risk: layer exit is not timed")
         return rows
     profile = folder / "profile.json"
-    part = ExitProfile(fingerprint(Path(model)), tuple(labels), rule, args.risk, DELTA, {})
+    part = ExitProfile(
+        fingerprint(Path(model)), tuple(labels), exits.rule, exits.unanimous, args.risk, DELTA, {}
+    )
     update_profile(profile, part)
     flags = ("--rksc-profile", str(profile))
     with serve(model, folder / "timing.log", "balanced", *flags) as url:
-        test = [row for row in rows if row["workload"] == "test"][:timed]
-        rows += time_exits(url, test, args.seed)
-    rows.append({"workload": "rule", "condition": "exit", "rule": asdict(rule)})
+        timed_rows = [row for row in rows if row["workload"] == "test"][:timed]
+        rows += time_exits(url, timed_rows, args.seed)
     return rows
 
 

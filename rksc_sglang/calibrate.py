@@ -1,10 +1,10 @@
 """``python -m rksc_sglang.calibrate``: thresholds of early exit, or of merging, at a stated risk.
 
 Starts a server, has the model answer problems in several branches each, verifies every branch in
-full and records what each layer said; then finds when a verification may stop at a middle layer,
-and when a group needs none, so that at most the stated share of problems loses its right answer
-(:mod:`rksc_sglang.cgee.calibration`). With ``--merge`` it finds how alike branches must be that one
-goes on for all, so that at most that share of problems changes its majority answer
+full and records the states of some layers; then finds when a verification may stop at a middle
+layer, and when a group needs none, so that at most the stated share of problems loses its right
+answer (:mod:`rksc_sglang.cgee.calibration`). With ``--merge`` it finds how alike branches must be
+that one goes on for all, so that at most that share of problems changes its majority answer
 (:mod:`rksc_sglang.asks.merge_calibration`). The thresholds and their evidence are written to the
 model's profile, for ``--rksc-profile``; what the profile has of other calibrations stays.
 """
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +32,10 @@ from rksc_sglang.asks.alike import SIGNALS
 from rksc_sglang.asks.merge_calibration import calibrate_merge, group_of
 from rksc_sglang.asks.merge_record import record_branches
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.cgee.calibration import Group, TooLittleData, calibrate_exit, calibrate_skip
+from rksc_sglang.cgee.calibration import TooLittleData, calibrate_exit, calibrate_skip
+from rksc_sglang.cgee.exit_rule import check_layers
+from rksc_sglang.cgee.judged import Group
+from rksc_sglang.cgee.probing import fit_probe, probed
 from rksc_sglang.cgee.profile import ExitProfile, MergeProfile, Part, SkipProfile, update_profile
 from rksc_sglang.cgee.record import Recorder, RecordError
 from rksc_sglang.demo.questions import QuestionsError, answer_key, load_questions
@@ -59,11 +62,12 @@ class Asked(NamedTuple):
 T = TypeVar("T")
 
 
-def lens_layers(num_layers: int, count: int = 3) -> tuple[int, ...]:
-    """Where exits look: evenly spread over the second half, and never behind the last layer."""
-    first, last = max(num_layers // 2, 1), num_layers - 1
-    count = min(count, last - first + 1)
-    return tuple(round(first + i * (last - first) / max(count - 1, 1)) for i in range(count))
+class Recorded(NamedTuple, Generic[T]):
+    """What was kept of each problem, the label tokens of verifications, and the model's layers."""
+
+    kept: list[T]
+    labels: list[int]
+    num_layers: int
 
 
 def own_problems(seed: int) -> Iterator[Asked]:
@@ -82,8 +86,8 @@ def asked_problems(path: Path, seed: int) -> Iterator[Asked]:
 
 def record(
     args: argparse.Namespace, model: Path, keep: Callable[[Recorder, Asked], T]
-) -> tuple[list[T], list[int]]:
-    """What is kept of each problem, and the label tokens that verifications were asked with."""
+) -> Recorded[T]:
+    """Ask a server of its own about the problems, some at once."""
     flags = ["--model-path", str(model), "--rksc-mode", "balanced", *args.server_flags]
     asked = asked_problems(args.questions, args.seed) if args.questions else own_problems(args.seed)
     with (
@@ -97,7 +101,8 @@ def record(
         some = list(itertools.islice(asked, args.problems))
         kept = pool.map(partial(keep, recorder), some)
         console = Console(stderr=True)
-        return list(track(kept, "recording", total=len(some), console=console)), labels
+        done = list(track(kept, "recording", total=len(some), console=console))
+        return Recorded(done, labels, recorder.num_layers)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,21 +146,31 @@ def share(text: str) -> float:
 
 
 def calibrate(
-    groups: Sequence[Group], labels: Sequence[int], model: str, risk: float, delta: float
+    groups: Sequence[Group],
+    labels: Sequence[int],
+    num_layers: int,
+    model: str,
+    risk: float,
+    delta: float,
 ) -> tuple[list[Part], list[str]]:
     """What holds the risk, and why what does not is left out.
 
     Exit and skip are used together, so each gets half of the risk and half of the chance.
+
+    Args:
+        groups: with the states that were observed.
     """
     parts: list[Part] = []
     reasons = []
     cut = int(len(groups) * FIT_SHARE)
     fit, test = groups[:cut], groups[cut:]
-    layers = lens_layers(len(groups[0][0].lens) + 1)
+    probe = fit_probe(fit, check_layers(num_layers))
     half = (risk / 2, delta / 2)
     try:
-        rule, evidence = calibrate_exit(fit, test, layers, *half)
-        parts.append(ExitProfile(model, tuple(labels), rule, *half, evidence))
+        seen = probed(fit, probe), probed(test, probe)
+        exits = calibrate_exit(*seen, probe, num_layers, *half)
+        found = exits.rule, exits.unanimous
+        parts.append(ExitProfile(model, tuple(labels), *found, *half, exits.evidence))
     except TooLittleData as error:
         reasons.append(f"no layer exit: {error}")
     try:
@@ -202,9 +217,8 @@ def measure(args: argparse.Namespace, model: Path) -> tuple[list[Part], list[str
         return record_branches(recorder, questions, args.temperature, extract, is_right, last_line)
 
     if args.merge:
-        return calibrate_merging(record(args, model, thoughts)[0], *found)
-    groups, labels = record(args, model, group)
-    return calibrate(groups, labels, *found)
+        return calibrate_merging(record(args, model, thoughts).kept, *found)
+    return calibrate(*record(args, model, group), *found)
 
 
 def main() -> None:

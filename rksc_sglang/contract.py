@@ -41,11 +41,16 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyContract:
-    """The request is a verification that scores ``labels`` as its next token."""
+    """The request is a verification that scores ``labels`` as its next token.
+
+    ``unanimous``: all branches of its group have the same answer, so that no verdict changes which
+    answer wins.
+    """
 
     labels: tuple[str, ...]
     exit: str | None = None  # None: the server's default
     profile: str | None = None
+    unanimous: bool | None = None
 
     @classmethod
     def parse(cls, raw: Any) -> VerifyContract:
@@ -64,7 +69,10 @@ class VerifyContract:
         profile = raw.get("profile")
         if profile is not None and not isinstance(profile, str):
             raise _fail(".verify.profile", "a string", profile)
-        return cls(labels=tuple(labels), exit=exit_, profile=profile)
+        unanimous = raw.get("unanimous")
+        if unanimous is not None and not isinstance(unanimous, bool):
+            raise _fail(".verify.unanimous", "true or false", unanimous)
+        return cls(labels=tuple(labels), exit=exit_, profile=profile, unanimous=unanimous)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +152,8 @@ class ResponseInfo:
     ``spliced_tokens`` from the same run of tokens behind another context,
     ``recomputed_tokens`` went through the model. Where a verification stopped at ``exit_layer``,
     ``label_scores`` estimate the last layer's logits up to a constant. With ``exit: "observe"``,
-    ``lens`` are the label logits behind each layer but the last. ``signature`` is that of the
-    prompt's last token, where it was asked for (:mod:`rksc_sglang.asks.signature`).
+    ``states`` are the last token's normed hidden states where exits look. ``signature`` is that of
+    the prompt's last token, where it was asked for (:mod:`rksc_sglang.asks.signature`).
     """
 
     share: str = "exact"
@@ -156,7 +164,7 @@ class ResponseInfo:
     exit_layer: int | None = None
     num_layers: int | None = None
     label_scores: list[float] | None = None
-    lens: list[list[float]] | None = None
+    states: list[list[float]] | None = None
     signature: list[float] | None = None
     merged_into: int | None = None
     fallback: str | None = None
@@ -164,5 +172,5 @@ class ResponseInfo:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with what only some requests ask for where there is any."""
         raw = dataclasses.asdict(self)
-        rare = ("label_scores", "lens", "signature")
+        rare = ("label_scores", "states", "signature")
         return {k: v for k, v in raw.items() if v is not None or k not in rare}

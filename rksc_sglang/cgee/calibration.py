@@ -1,7 +1,8 @@
 """Thresholds that hold a stated risk, found on recorded verifications (Learn-then-Test).
 
-Each problem's branches have been verified in full, with what every layer said. Settings are
-replayed on these records from the most careful to the boldest, and the boldest is taken whose every
+Each problem's branches have been verified in full, with the states of the layers where an exit
+looks. A probe is fitted to some of the problems (:mod:`rksc_sglang.cgee.probing`); on the others
+settings are replayed from the most careful to the boldest, and the boldest is taken whose every
 predecessor passes a binomial test: the chance that an error rate above the risk passes is at most
 ``delta`` (fixed-sequence testing, arXiv 2110.01052). An error is a problem whose final answer was
 right under full verification and is wrong under the setting; what a setting mends is not netted.
@@ -11,27 +12,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from scipy.optimize import minimize
 from scipy.stats import binom
 
-from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule, ExitRule
+from rksc_sglang.cgee.exit_rule import CalibratedRule, ExitRule, Probe
+from rksc_sglang.cgee.judged import (
+    Group,
+    Judged,
+    full_winner,
+    is_unanimous,
+    reads_of,
+    winners,
+)
+from rksc_sglang.cgee.probing import fit_correction
 from rksc_sglang.cgee.skip_gate import CalibratedGate, SkipGate, gather
 
 Setting = TypeVar("Setting")
 
-#: Exit thresholds that are tried, (accept, reject) in standard deviations of what the correction
-#: leaves; one order, fixed beforehand: rejections first, which cost least when they are wrong.
-WIDTHS = (
-    *((NEVER, reject) for reject in (12, 8, 6, 5, 4, 3.5, 3, 2.5, 2)),
-    *((accept, 2) for accept in (12, 8, 6, 5, 4, 3.5, 3)),
-    *((3, reject) for reject in (1.75, 1.5, 1.25, 1, 0.75)),
-    *((accept, 0.75) for accept in (2.5, 2, 1.75, 1.5, 1.25, 1, 0.75)),
-)
+#: Chances of another verdict at the end that are tried for exits.
+DOUBTS = tuple(1e-4 * 1.35**i for i in range(26))
+#: Of unanimous groups: the share that may get another verdict on a branch, and the chance that this
+#: promise is wrong.
+VERDICT_RISK, VERDICT_DELTA = 0.01, 0.05
 #: Chances of being right that the skip gate is tried at.
 CHANCES = tuple(1 - 0.002 * 1.15**i for i in range(38))
 
@@ -40,95 +45,24 @@ class TooLittleData(Exception):
     """No setting can pass; the message says how many problems could tell."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A branch that has been verified in full.
-
-    Attributes:
-        answer: extracted; None where there is none.
-        right: whether it is the problem's.
-        confidence: mean top-1 probability of its tokens.
-        lens: [layers - 1][labels] lens logits behind each layer but the last.
-        final: [labels] log-probabilities of the labels.
-        tokens: that it took; branches that run at once finish in the order of these.
-    """
-
-    answer: str | None
-    right: bool
-    confidence: float
-    lens: Sequence[Sequence[float]]
-    final: Sequence[float]
-    tokens: int
-
-
-Group = Sequence[Judged]
-
-
-def full_winner(group: Group) -> int:
-    """The branch that full verification prefers, as ``rksc.verify`` chooses it."""
-    (winner,) = winners([group], np.array([judged.final for judged in group]))
-    return winner
-
-
-def winners(groups: Sequence[Group], scores: np.ndarray) -> list[int]:
-    """The branch of each group that these scores prefer.
-
-    Args:
-        scores: [branches of all groups, labels] logits.
-    """
-    others = np.logaddexp.reduce(scores[:, 1:], axis=1)
-    odds = (scores[:, 0] - others).tolist()  # in the order of the first label's probability
-    found, start = [], 0
-    for group in groups:
-        places = range(len(group))
-        found.append(max(places, key=lambda b: (odds[start + b], group[b].confidence, -b)))
-        start += len(group)
-    return found
-
-
-def replay(rule: ExitRule, judged: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
+def replay(
+    rule: ExitRule, judged: Sequence[Judged], num_layers: int
+) -> tuple[np.ndarray, np.ndarray]:
     """What a rule would have done.
 
     Returns:
         The layer at which each stops, [judged] int64, the number of layers where it does not; and
         the scores that the verdict is then made of, [judged, labels] float32.
     """
-    num_layers = len(judged[0].lens) + 1
-    lens = torch.tensor([j.lens for j in judged]).transpose(0, 1)  # [layers - 1, judged, labels]
-    checks = lens[[layer - 1 for layer in rule.layers]]
     layers = np.full(len(judged), num_layers)
     scores = np.array([j.final for j in judged], dtype=np.float32)
+    checks = reads_of(judged).transpose(0, 1)
     for check, layer in enumerate(rule.layers):
         seen = checks[: check + 1]
         stops = rule.decided(seen, None).numpy() & (layers == num_layers)
         layers[stops] = layer
         scores[stops] = rule.scores(seen).numpy()[stops]
     return layers, scores
-
-
-def fit_correction(
-    judged: Sequence[Judged], layers: Sequence[int]
-) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """Least squares from each layer's lens to the last layer's, both without their means.
-
-    Returns:
-        Scale and offset as of :class:`CalibratedRule`, and the standard deviation of what is left
-        of the first label's lead, each [layers].
-    """
-    final = np.array([j.final for j in judged])
-    final = final - final.mean(1, keepdims=True)
-    lens = np.array([j.lens for j in judged])  # [judged, layers - 1, labels]
-    scales, offsets, deviations = [], [], []
-    for layer in layers:
-        seen = lens[:, layer - 1] - lens[:, layer - 1].mean(1, keepdims=True)
-        x, y = seen - seen.mean(0), final - final.mean(0)
-        scale = float((x * y).sum() / max((x * x).sum(), 1e-9))
-        offset = final.mean(0) - scale * seen.mean(0)
-        left = final - (scale * seen + offset)
-        scales.append(scale)
-        offsets.append(tuple(float(value) for value in offset))
-        deviations.append(float(np.std(left[:, 0] - left[:, 1:].max(1))))
-    return tuple(scales), tuple(offsets), tuple(deviations)
 
 
 def needed_problems(risk: float, delta: float) -> int:
@@ -172,10 +106,10 @@ def fixed_sequence(
     return passed, tried
 
 
-def exit_errors(groups: Sequence[Group], rule: ExitRule) -> tuple[int, int, float]:
+def exit_errors(groups: Sequence[Group], rule: ExitRule, num_layers: int) -> tuple[int, int, float]:
     """Errors caused, errors mended, and the mean layer at which a verification ends."""
     everyone = [judged for group in groups for judged in group]
-    layers, scores = replay(rule, everyone)
+    layers, scores = replay(rule, everyone, num_layers)
     before = winners(groups, np.array([judged.final for judged in everyone]))
     caused = mended = 0
     for group, full, early in zip(groups, before, winners(groups, scores)):
@@ -184,45 +118,96 @@ def exit_errors(groups: Sequence[Group], rule: ExitRule) -> tuple[int, int, floa
     return caused, mended, float(layers.mean())
 
 
-def calibrate_exit(
-    fit: Sequence[Group], test: Sequence[Group], layers: Sequence[int], risk: float, delta: float
-) -> tuple[CalibratedRule, dict[str, Any]]:
-    """A rule for these layers: correction from the one set of problems, thresholds from the other.
+def changed_verdicts(groups: Sequence[Group], rule: ExitRule, num_layers: int) -> tuple[int, float]:
+    """Groups with a branch that gets another verdict, and the mean layer."""
+    everyone = [judged for group in groups for judged in group]
+    layers, scores = replay(rule, everyone, num_layers)
+    full = np.array([judged.final for judged in everyone])
+    changed = np.split(scores.argmax(1) != full.argmax(1), np.cumsum([len(g) for g in groups]))
+    return int(sum(some.any() for some in changed)), float(layers.mean())
 
-    Returns:
-        The rule, and the evidence for it.
+
+class Exits(NamedTuple):
+    """Calibrated rules: of all groups, and of unanimous ones, with the evidence for both."""
+
+    rule: CalibratedRule
+    unanimous: CalibratedRule
+    evidence: dict[str, Any]
+
+
+def calibrate_exit(
+    fit: Sequence[Group],
+    test: Sequence[Group],
+    probe: Probe,
+    num_layers: int,
+    risk: float,
+    delta: float,
+) -> Exits:
+    """Rules for a probe: correction from the one set of problems, thresholds from the other.
+
+    In a unanimous group no verdict changes the answer, so there the verdicts themselves are what is
+    promised (``VERDICT_RISK``); with too few such groups the rule for all is theirs too.
+
+    Args:
+        fit, test: groups that the probe has read.
 
     Raises:
         TooLittleData: see :func:`fixed_sequence`.
     """
-    everyone = [judged for group in fit for judged in group]
-    scale, offset, deviation = fit_correction(everyone, layers)
+    scale, offset = fit_correction([judged for group in fit for judged in group])
 
-    def rule_of(accept: float, reject: float) -> CalibratedRule:
-        accepts, rejects = (tuple(w * value for value in deviation) for w in (accept, reject))
-        return CalibratedRule(tuple(layers), scale, offset, accepts, rejects)
+    def rule_of(doubt: float) -> CalibratedRule:
+        lead = math.log((1 - doubt) / doubt)
+        return CalibratedRule(probe, scale, offset, lead, lead)
 
-    found: dict[tuple[float, float], tuple[int, int, float]] = {}
+    found: dict[float, tuple[int, int, float]] = {}
+    agreed: dict[float, tuple[int, float]] = {}
+    unanimous = [group for group in test if is_unanimous(group)]
 
-    def errors_of(setting: tuple[float, float]) -> int:
-        found[setting] = exit_errors(test, rule_of(*setting))
-        return found[setting][0]
+    def errors_of(doubt: float) -> int:
+        found[doubt] = exit_errors(test, rule_of(doubt), num_layers)
+        return found[doubt][0]
 
-    setting, tried = fixed_sequence(WIDTHS, errors_of, len(test), risk, delta)
-    caused, mended, mean_layer = found[setting]
-    evidence = {
+    def changes_of(doubt: float) -> int:
+        agreed[doubt] = changed_verdicts(unanimous, rule_of(doubt), num_layers)
+        return agreed[doubt][0]
+
+    doubt, tried = fixed_sequence(DOUBTS, errors_of, len(test), risk, delta)
+    caused, mended, mean_layer = found[doubt]
+    evidence: dict[str, Any] = {
         "problems": len(test),
         "fitted_on": len(fit),
+        "doubt": doubt,
         "errors": caused,
         "mended": mended,
         "mean_exit_layer": mean_layer,
-        "deviations": list(deviation),
         "curve": [
-            {"accept": accept, "reject": reject, **point, "mean_exit_layer": at[2]}
-            for ((accept, reject), at), point in zip(found.items(), tried)
+            {"doubt": at, **point, "mean_exit_layer": found[at][2]}
+            for at, point in zip(found, tried)
         ],
     }
-    return rule_of(*setting), evidence
+    bold = doubt
+    try:
+        if not unanimous:
+            raise TooLittleData("no group is unanimous")
+        bold, tried = fixed_sequence(
+            DOUBTS, changes_of, len(unanimous), VERDICT_RISK, VERDICT_DELTA
+        )
+        evidence["unanimous"] = {
+            "problems": len(unanimous),
+            "risk": VERDICT_RISK,
+            "delta": VERDICT_DELTA,
+            "doubt": bold,
+            "changed": agreed[bold][0],
+            "mean_exit_layer": agreed[bold][1],
+            "curve": [
+                {"doubt": at, **point, "mean_exit_layer": agreed[at][1]}
+                for at, point in zip(agreed, tried)
+            ],
+        }
+    except TooLittleData:
+        pass
+    return Exits(rule_of(doubt), rule_of(max(doubt, bold)), evidence)
 
 
 def stop_early(group: Group, gate: SkipGate) -> tuple[int | None, int]:

@@ -1,13 +1,15 @@
 """When a verification may stop at a middle layer: rules on what the layers say about its labels.
 
-After some of the layers, the final norm and the output matrix are applied to the last token's
-residual stream as if it were the last layer's (the logit lens), for the labels' columns only. A
-rule sees these *lens logits* of the checks so far and says which requests are decided.
+After some of the layers the final norm is applied to the last token's residual stream as if it were
+the last layer's. What a rule *reads* of that state it keeps, check by check; then it says which
+requests are decided.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,8 +21,14 @@ NEVER = 1e9
 PAPER_FIRST_LAYER, PAPER_ENTROPY, PAPER_CHANGE = 2, 8.0, 3.0
 
 
-def lens_logits(state: Tensor, weight: Tensor, labels: Tensor | list[int]) -> Tensor:
-    """The labels' logits, of no other token.
+def check_layers(num_layers: int) -> tuple[int, ...]:
+    """Where exits look: behind a quarter, a half and three quarters of the layers."""
+    places = (round(num_layers * quarters / 4) for quarters in (1, 2, 3))
+    return tuple(sorted({max(min(place, num_layers - 1), 1) for place in places}))
+
+
+def lens_logits(state: Tensor, weight: Tensor, labels: Tensor | Sequence[int]) -> Tensor:
+    """The labels' logits, of no other token: the logit lens.
 
     Args:
         state: [requests, hidden_size] float32, behind the final norm.
@@ -47,17 +55,28 @@ class ExitRule(Protocol):
     @property
     def needs_entropy(self) -> bool: ...
 
-    def scores(self, lens: Tensor) -> Tensor:
+    def read(self, check: int, state: Tensor, weight: Tensor, labels: Sequence[int]) -> Tensor:
+        """What is kept of a check.
+
+        Args:
+            check: which of the rule's.
+            state, weight, labels: as of :func:`lens_logits`.
+
+        Returns:
+            [requests, n] float32; but for ``Observe``, n is the number of labels.
+        """
+
+    def scores(self, seen: Tensor) -> Tensor:
         """Estimates of the last layer's label logits, up to a constant for each request.
 
         Args:
-            lens: [checks so far, requests, labels] float32, lens logits.
+            seen: [checks so far, requests, n] float32, what was read.
 
         Returns:
             [requests, labels] float32, as of the last check.
         """
 
-    def decided(self, lens: Tensor, entropy: Tensor | None) -> Tensor:
+    def decided(self, seen: Tensor, entropy: Tensor | None) -> Tensor:
         """Which requests may stop, [requests] bool.
 
         Args:
@@ -66,49 +85,88 @@ class ExitRule(Protocol):
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A linear model, for each check, of the verdict that the last layer will give.
+
+    Attributes:
+        layers: behind which it is applied.
+        weights: [checks][labels][hidden_size], of the normed state; bias: [checks][labels]. The
+            softmax of what they give is the chance of each label.
+    """
+
+    layers: tuple[int, ...]
+    weights: tuple[tuple[tuple[float, ...], ...], ...]
+    bias: tuple[tuple[float, ...], ...]
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.weights), torch.tensor(self.bias)
+
+    def read(self, check: int, state: Tensor) -> Tensor:
+        """Log-odds of the labels, up to a constant; ``state`` is [requests, hidden_size]."""
+        weights, bias = (tensor[check].to(state.device) for tensor in self._tensors)
+        return state @ weights.T + bias
+
+
+@dataclass(frozen=True)
 class CalibratedRule:
-    """Exit when the corrected lead of a label is wide, and it has led for some checks.
+    """Exit when the probe is sure of a verdict, and has been for some checks.
 
     A candidate that is rejected cannot win, whatever the exact score; one that is accepted is
     ranked among the others by it. So the two have thresholds of their own.
 
-    A middle layer's lens has a scale and a bias of its own: its logits are corrected by a factor
-    for each check and an offset for each check and label, fitted in calibration.
-
     Attributes:
-        scale: [checks]; offset: [checks][labels].
-        accept: [checks] least lead of the first label, the good one, over all others, nats.
-        reject: [checks] least lead of another label over the first.
+        scale: [checks]; offset: [checks][labels]: from the probe's centred log-odds to the last
+            layer's centred logits.
+        accept: least lead of the first label, the good one, over all others, nats of log-odds.
+        reject: least lead of another label over the first.
         patience: checks in which the same label must have led, the present one included.
     """
 
-    layers: tuple[int, ...]
+    probe: Probe
     scale: tuple[float, ...]
     offset: tuple[tuple[float, ...], ...]
-    accept: tuple[float, ...]
-    reject: tuple[float, ...]
+    accept: float
+    reject: float
     patience: int = 1
     needs_entropy: bool = False
 
-    def _corrected(self, lens: Tensor) -> Tensor:
-        checks = lens.shape[0]
-        scale = torch.tensor(self.scale[:checks], device=lens.device)
-        offset = torch.tensor(self.offset[:checks], device=lens.device)
-        centred = lens - lens.mean(2, keepdim=True)
-        return centred * scale[:, None, None] + offset[:, None, :]
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.probe.layers
 
-    def scores(self, lens: Tensor) -> Tensor:
-        return self._corrected(lens)[-1]
+    def read(self, check: int, state: Tensor, weight: Tensor, labels: Sequence[int]) -> Tensor:
+        return self.probe.read(check, state)
 
-    def decided(self, lens: Tensor, entropy: Tensor | None) -> Tensor:
-        if len(lens) < self.patience:
-            return torch.zeros(lens.shape[1], dtype=torch.bool, device=lens.device)
-        corrected = self._corrected(lens)
-        lead = corrected[-1, :, 0] - corrected[-1, :, 1:].max(1).values
-        leaders = corrected[-self.patience :].argmax(2)
-        check = len(lens) - 1
-        wide = (lead >= self.accept[check]) | (-lead >= self.reject[check])
-        return wide & (leaders == leaders[-1]).all(0)
+    def scores(self, seen: Tensor) -> Tensor:
+        check = len(seen) - 1
+        centred = seen[-1] - seen[-1].mean(1, keepdim=True)
+        return centred * self.scale[check] + torch.tensor(self.offset[check], device=seen.device)
+
+    def decided(self, seen: Tensor, entropy: Tensor | None) -> Tensor:
+        if len(seen) < self.patience:
+            return torch.zeros(seen.shape[1], dtype=torch.bool, device=seen.device)
+        lead = seen[-1, :, 0] - seen[-1, :, 1:].max(1).values
+        leaders = seen[-self.patience :].argmax(2)
+        sure = (lead >= self.accept) | (-lead >= self.reject)
+        return sure & (leaders == leaders[-1]).all(0)
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Stops nobody, and keeps the states: what a probe is fitted to."""
+
+    layers: tuple[int, ...]
+    needs_entropy: bool = False
+
+    def read(self, check: int, state: Tensor, weight: Tensor, labels: Sequence[int]) -> Tensor:
+        return state
+
+    def scores(self, seen: Tensor) -> Tensor:
+        return seen[-1]
+
+    def decided(self, seen: Tensor, entropy: Tensor | None) -> Tensor:
+        return torch.zeros(seen.shape[1], dtype=torch.bool, device=seen.device)
 
 
 @dataclass(frozen=True)
@@ -127,13 +185,16 @@ class PaperRule:
     change: float = PAPER_CHANGE
     needs_entropy: bool = True
 
-    def scores(self, lens: Tensor) -> Tensor:
-        return lens[-1]
+    def read(self, check: int, state: Tensor, weight: Tensor, labels: Sequence[int]) -> Tensor:
+        return lens_logits(state, weight, labels)
 
-    def decided(self, lens: Tensor, entropy: Tensor | None) -> Tensor:
+    def scores(self, seen: Tensor) -> Tensor:
+        return seen[-1]
+
+    def decided(self, seen: Tensor, entropy: Tensor | None) -> Tensor:
         assert entropy is not None
         if len(entropy) < 2:
-            return torch.zeros(lens.shape[1], dtype=torch.bool, device=lens.device)
+            return torch.zeros(seen.shape[1], dtype=torch.bool, device=seen.device)
         return (entropy[-1] < self.entropy) & ((entropy[-1] - entropy[-2]).abs() < self.change)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rksc_sglang.cgee.exit_rule import ExitRule, lens_logits
+from rksc_sglang.cgee.exit_rule import ExitRule
 from rksc_sglang.decoder import UnsupportedModel, decoder_layers
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Candidate(NamedTuple):
         row: its place in the batch.
         labels: token ids.
         report: called once, when it stops or the pass ends, with the layer (None: it did not
-            stop), the scores at that layer and the lens logits of all checks.
+            stop), the scores at that layer and what was read in all checks.
     """
 
     row: int
@@ -77,21 +77,21 @@ class _Group:
     def __init__(self, candidates: list[Candidate]) -> None:
         self.candidates = candidates
         self.rule, self.labels = candidates[0].rule, list(candidates[0].labels)
-        self.lens: list[Tensor] = []  # a check [candidates, labels]
+        self.seen: list[Tensor] = []  # a check [candidates, n]
         self.entropy: list[Tensor] = []  # a check [candidates]
 
     def report(self, places: Sequence[int], layer: int | None) -> None:
-        if not self.lens:
+        if not self.seen:
             return
-        lens = torch.stack(self.lens)
-        scores = self.rule.scores(lens).tolist()
+        seen = torch.stack(self.seen)
+        scores = self.rule.scores(seen).tolist()
         for place in places:
-            self.candidates[place].report(layer, scores[place], lens[:, place].tolist())
+            self.candidates[place].report(layer, scores[place], seen[:, place].tolist())
 
     def drop(self, places: Sequence[int]) -> None:
         stay = [place for place in range(len(self.candidates)) if place not in set(places)]
         self.candidates = [self.candidates[place] for place in stay]
-        self.lens = [lens[stay] for lens in self.lens]
+        self.seen = [seen[stay] for seen in self.seen]
         self.entropy = [entropy[stay] for entropy in self.entropy]
 
 
@@ -108,8 +108,8 @@ class _Pass:
         self.rows = list(range(batch.batch_size))
         self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
         groups: dict[tuple, list[Candidate]] = {}
-        for candidate in candidates:
-            groups.setdefault((candidate.rule, candidate.labels), []).append(candidate)
+        for candidate in candidates:  # a rule may be long: it is known by what it is
+            groups.setdefault((id(candidate.rule), candidate.labels), []).append(candidate)
         self.groups = [_Group(some) for some in groups.values()]
 
     @property
@@ -242,13 +242,15 @@ class LayerExit:
             last = last.to(contribution.device)
             stream = contribution[last] if residual is None else contribution[last] + residual[last]
             state = self.norm(stream).float()
+            check = group.rule.layers.index(depth)
+            read = group.rule.read(check, state, self.head.weight, group.labels)
             # A handful of numbers: the rule works on the host, which waits for the device once.
-            group.lens.append(lens_logits(state, self.head.weight, group.labels).cpu())
+            group.seen.append(read.cpu())
             if group.rule.needs_entropy:
                 logprobs = (state @ self.head.weight.float().T).log_softmax(1)
                 group.entropy.append(-(logprobs.exp() * logprobs).sum(1).cpu())
             entropy = torch.stack(group.entropy) if group.entropy else None
-            decided = group.rule.decided(torch.stack(group.lens), entropy).tolist()
+            decided = group.rule.decided(torch.stack(group.seen), entropy).tolist()
             stopped.append((group, [place for place, stop in enumerate(decided) if stop]))
         leave = {group.candidates[place].row for group, places in stopped for place in places}
         if leave:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rksc_sglang.asks.profile import shipped_files
-from rksc_sglang.cgee.exit_rule import CalibratedRule
+from rksc_sglang.cgee.exit_rule import CalibratedRule, Probe
 from rksc_sglang.cgee.skip_gate import CalibratedGate
 
 
@@ -23,6 +23,7 @@ class ExitProfile:
     Attributes:
         model: fingerprint of the model (:func:`rksc_sglang.asks.profile.fingerprint`).
         labels: token ids of the labels that it was calibrated for, in order.
+        rule: for all groups; unanimous: for those whose branches all have the same answer.
         risk, delta: the share of problems that may lose their right answer to it, and the chance
             that this promise is wrong.
         evidence: counts and curve.
@@ -33,28 +34,41 @@ class ExitProfile:
     model: str
     labels: tuple[int, ...]
     rule: CalibratedRule
+    unanimous: CalibratedRule
     risk: float
     delta: float
     evidence: dict[str, Any]
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> ExitProfile:
-        rule = raw["rule"]
         return cls(
             model=raw["model"],
             labels=tuple(raw["labels"]),
-            rule=CalibratedRule(
-                layers=tuple(rule["layers"]),
-                scale=tuple(rule["scale"]),
-                offset=tuple(tuple(offset) for offset in rule["offset"]),
-                accept=tuple(rule["accept"]),
-                reject=tuple(rule["reject"]),
-                patience=rule["patience"],
-            ),
+            rule=_rule_of(raw["rule"]),
+            unanimous=_rule_of(raw["unanimous"]),
             risk=raw["risk"],
             delta=raw["delta"],
             evidence=raw["evidence"],
         )
+
+
+def probe_of(raw: dict[str, Any]) -> Probe:
+    return Probe(
+        layers=tuple(raw["layers"]),
+        weights=tuple(tuple(map(tuple, check)) for check in raw["weights"]),
+        bias=tuple(map(tuple, raw["bias"])),
+    )
+
+
+def _rule_of(raw: dict[str, Any]) -> CalibratedRule:
+    return CalibratedRule(
+        probe=probe_of(raw["probe"]),
+        scale=tuple(raw["scale"]),
+        offset=tuple(map(tuple, raw["offset"])),
+        accept=raw["accept"],
+        reject=raw["reject"],
+        patience=raw["patience"],
+    )
 
 
 @dataclass(frozen=True)

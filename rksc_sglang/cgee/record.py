@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import requests
 
-from rksc_sglang.cgee.calibration import Judged
+from rksc_sglang.cgee.judged import Judged
 from rksc_sglang.models.dialogues import END, NO, YES, Turn, prompt_of
 
 QUESTION = "Is the answer above correct? Reply with YES or NO."
@@ -39,13 +40,14 @@ class Verified(NamedTuple):
         final: [labels] log-probabilities, of the layer where it stopped.
         layer: where it stopped, None: it did not.
         scores: [labels] what the verdict is made of: ``final``, or the server's estimate of it.
-        lens: [layers - 1][labels] lens logits; empty where they were not asked for.
+        states: [checks, hidden_size] float32 normed states where exits look; empty where they were
+            not asked for.
     """
 
     final: list[float]
     layer: int | None
     scores: list[float]
-    lens: list[list[float]]
+    states: np.ndarray
 
 
 class Recorder:
@@ -59,6 +61,16 @@ class Recorder:
     def labels(self) -> list[int]:
         """Tokens of YES and NO; raises RecordError where they are not single ones."""
         return [self._label(text) for text in (YES, NO)]
+
+    @functools.cached_property
+    def num_layers(self) -> int:
+        """Of the model, as a server with RKSC says."""
+        try:
+            answer = requests.get(f"{self.url}/rksc/status", timeout=600)
+            answer.raise_for_status()
+            return answer.json()["ranks"][0]["num_layers"]
+        except (requests.RequestException, ValueError, LookupError) as error:
+            raise RecordError(f"{self.url}: {error!r}") from error
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
         """Raises RecordError where there is no answer, or no success."""
@@ -113,12 +125,14 @@ class Recorder:
         solutions: Sequence[str],
         exit_: str | None = None,
         asked: str = QUESTION,
+        unanimous: bool = False,
     ) -> list[Verified]:
         """Ask about each solution behind its own conversation, all at once.
 
         Args:
             exit_: as in the request contract; None sends none, for servers without RKSC.
             asked: the question about it.
+            unanimous: all solutions have the same answer.
         """
         turns = [
             [Turn("user", question), Turn("assistant", solution), Turn("user", asked)]
@@ -126,7 +140,8 @@ class Recorder:
         ]
         params: dict[str, Any] = {"max_new_tokens": 1, "temperature": 0}
         if exit_ is not None:
-            contract = {"share": "exact", "verify": {"labels": [YES, NO], "exit": exit_}}
+            verify = {"labels": [YES, NO], "exit": exit_, "unanimous": unanimous}
+            contract = {"share": "exact", "verify": verify}
             params["custom_params"] = {"rksc": contract}
         body = {
             "text": [prompt_of(dialogue) for dialogue in turns],
@@ -144,7 +159,8 @@ class Recorder:
         if info.get("fallback"):
             raise RecordError(f"exit {exit_!r} was not to be had: {info['fallback']}")
         scores = info.get("label_scores") or final
-        return Verified(final, info.get("exit_layer"), scores, info.get("lens") or [])
+        states = np.array(info.get("states") or [], dtype=np.float32)
+        return Verified(final, info.get("exit_layer"), scores, states)
 
     def group(
         self,
@@ -165,7 +181,7 @@ class Recorder:
                     answer,
                     is_right(answer),
                     sample.confidence,
-                    verified.lens,
+                    verified.states,
                     verified.final,
                     sample.tokens,
                 )

@@ -64,7 +64,8 @@ class Question:
 
     ``system`` puts the branch's text behind a system prompt of the verifier's own; ``share`` says
     whether the KV of that text may be taken over all the same; ``exit`` when the pass may stop at a
-    middle layer; ``think`` has the verifier think first.
+    middle layer; ``think`` has the verifier think first; ``unanimous``: all branches of the group
+    have the same answer.
     """
 
     text: str | None = None
@@ -73,6 +74,7 @@ class Question:
     share: str | None = None
     exit: str | None = None
     think: Think | None = None
+    unanimous: bool = False
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The question's text and labels, in each form that may be tried."""
@@ -230,7 +232,8 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     prompt = candidate_text(executor, question.system) + suffix
     asked = contract_of_executor(executor) or RequestContract()
     asked = replace(asked, share=question.share or asked.share)
-    verification = replace(asked, verify=VerifyContract(labels=labels, exit=question.exit))
+    verify = VerifyContract(labels=labels, exit=question.exit, unanimous=question.unanimous or None)
+    verification = replace(asked, verify=verify)
 
     def read(thought: str) -> LabelScores:
         return _read_labels(server, prompt + thought, labels, tokens, verification)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
@@ -131,7 +131,8 @@ def verify(
             has no confidence, all are verified.
         stop: the gate looks at the group each time that a branch has finished, and where these are
             enough, those that still generate are stopped; with ``skip="calibrated"``.
-        extract: what a branch's answer comes down to, for the gate; None where there is none.
+        extract: what a branch's answer comes down to; None where there is none. For the gate, and
+            for layer exit: where all branches have the same answer, verdicts may stop earlier.
 
     Raises:
         VerifyError: no branches, or labels that collide or do not fit, by name; a ``skip`` that
@@ -168,8 +169,16 @@ def verify(
         return score(state.stream_executor, asked_for)
 
     if think is None:
-        for state in states:  # few passes of many questions take less than many passes of few
-            settle(state)
+        # Few passes of many questions take less than many passes of few.
+        failed = [settle(state) for state in states]
+        usable = [
+            state
+            for branch, state in enumerate(states)
+            if failed[branch] is None and branch not in stopped and var in state
+        ]
+        answers = {extract(state[var]) for state in usable}
+        if len(usable) > 1 and len(answers) == 1 and answers != {None}:
+            asked_for = replace(asked_for, unanimous=True)
     with ThreadPoolExecutor(len(states)) as pool:
         outcomes = list(pool.map(ask, range(len(states))))
 

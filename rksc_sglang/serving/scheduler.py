@@ -74,7 +74,7 @@ class RequestState:
             exit_layer=exit_.layer if exit_ else None,
             num_layers=self.num_layers,
             label_scores=exit_.scores if exit_ else None,
-            lens=exit_.lens if exit_ and observed else None,
+            states=exit_.seen if exit_ and observed else None,
             signature=self.signature,
             fallback=self.fallback or (self.splice.reason if self.splice else None),
         ).to_dict()

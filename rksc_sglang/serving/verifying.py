@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule, ExitRule, paper_rule
+from rksc_sglang.cgee.exit_rule import ExitRule, Observe, check_layers, paper_rule
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
 from rksc_sglang.cgee.profile import ExitProfileError, profile_of
 from rksc_sglang.config import RkscConfig
@@ -36,7 +36,7 @@ class ExitState:
         rule: when it stops.
         layer: where it stopped.
         scores: [labels] estimates of the last layer's logits, up to a constant, where it stopped.
-        lens: [checks][labels] lens logits.
+        seen: [checks][n] what the rule read.
     """
 
     def __init__(self, labels: tuple[int, ...], rule: ExitRule) -> None:
@@ -44,7 +44,7 @@ class ExitState:
         self.rule = rule
         self.layer: int | None = None
         self.scores: list[float] | None = None
-        self.lens: list[list[float]] = []
+        self.seen: list[list[float]] = []
 
 
 class Verifications:
@@ -72,7 +72,8 @@ class Verifications:
         self.count, self.on_error = count, on_error
         self.mode = config.mode
         runner = scheduler.tp_worker.model_runner
-        self.num_layers = scheduler.model_config.num_hidden_layers
+        num_layers = scheduler.model_config.num_hidden_layers
+        self.observe, self.paper = Observe(check_layers(num_layers)), paper_rule(num_layers)
         refuse_beside(scheduler, allowed=("the hierarchical cache", "session-aware caching"))
         backend = scheduler.server_args.attention_backend
         if backend not in BACKENDS:
@@ -118,14 +119,15 @@ class Verifications:
         if received.return_hidden_states or received.logprob_start_len >= 0:
             return None, "layer_exit: not with hidden states or logprobs of the prompt"
         if asked == "observe":
-            return ExitState(tuple(tokens), _never(self.num_layers, len(tokens))), None
+            return ExitState(tuple(tokens), self.observe), None
         if asked == "paper":
-            return ExitState(tuple(tokens), paper_rule(self.num_layers)), None
+            return ExitState(tuple(tokens), self.paper), None
         if self.profile is None:
             return None, "layer_exit: not calibrated for this model"
         if tuple(tokens) != self.profile.labels:
             return None, "layer_exit: not calibrated for these labels"
-        return ExitState(self.profile.labels, self.profile.rule), None
+        rule = self.profile.unanimous if verify.unanimous else self.profile.rule
+        return ExitState(self.profile.labels, rule), None
 
     def _candidates(self, forward: ForwardBatch) -> Sequence[Candidate]:
         batch = self.batch
@@ -161,8 +163,8 @@ class Verifications:
 def _reporter(
     req: Req, state: ExitState, count: Callable[[str], None]
 ) -> Callable[[int | None, list[float], list[list[float]]], None]:
-    def report(layer: int | None, scores: list[float], lens: list[list[float]]) -> None:
-        state.lens = lens
+    def report(layer: int | None, scores: list[float], seen: list[list[float]]) -> None:
+        state.seen = seen
         if layer is not None:
             state.layer, state.scores = layer, scores
             # Its KV ends at this layer: it is freed with the request, and never found again.
@@ -170,11 +172,3 @@ def _reporter(
             count("layer_exits")
 
     return report
-
-
-def _never(num_layers: int, labels: int) -> CalibratedRule:
-    """A rule that looks after every layer and never stops anyone."""
-    layers = tuple(range(1, num_layers))
-    ones, zeros = (1.0,) * len(layers), ((0.0,) * labels,) * len(layers)
-    never = (NEVER,) * len(layers)
-    return CalibratedRule(layers, ones, zeros, never, never)

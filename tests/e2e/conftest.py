@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.cgee.exit_rule import CalibratedRule
+from rksc_sglang.cgee.exit_rule import CalibratedRule, Probe
 from rksc_sglang.cgee.profile import ExitProfile, MergeProfile, SkipProfile, update_profile
 from rksc_sglang.cgee.skip_gate import CalibratedGate
 from rksc_sglang.server_process import ServerProcess
@@ -73,8 +73,9 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     profile, model = logs / "profile.json", fingerprint(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     labels = tuple(tokenizer.convert_tokens_to_ids(label) for label in ("Yes", "No"))
-    rule = CalibratedRule((15,), (1.0,), ((0.5, -0.5),), (0.0,), (0.0,))
-    update_profile(profile, ExitProfile(model, labels, rule, 0.01, 0.05, {}))
+    probe = Probe((15,), (((0.0,) * 576,) * 2,), ((0.5, -0.5),))
+    rule = CalibratedRule(probe, (1.0,), ((0.0, 0.0),), 0.0, 0.0)
+    update_profile(profile, ExitProfile(model, labels, rule, rule, 0.01, 0.05, {}))
     gate = CalibratedGate((10.0, 0.0, 0.0, -7.0), 0.5)  # a share of more than 0.7
     update_profile(profile, SkipProfile(model, gate, 0.01, 0.05, {}))
     update_profile(profile, MergeProfile(model, {"next": 0.99}, 0.05, 0.05, {}))

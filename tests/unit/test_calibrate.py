@@ -12,11 +12,10 @@ from rksc_sglang.calibrate import (
     asked_problems,
     calibrate,
     calibrate_merging,
-    lens_layers,
     parser,
 )
 from rksc_sglang.cgee import profile
-from rksc_sglang.cgee.calibration import Judged
+from rksc_sglang.cgee.judged import Judged
 from rksc_sglang.cgee.profile import (
     CalibratedParts,
     ExitProfile,
@@ -37,10 +36,10 @@ def easy_groups(count):
         for branch in range(4):
             right = branch < 3
             lead = rng.normal(3 if right else -3, 0.3)
-            lens = [[lead + rng.normal(0, 0.01), 0.0] for _ in range(7)]
+            states = np.array([[lead + rng.normal(0, 0.01), 1.0] for _ in range(3)])
             answer = "8" if right else "9"
             group.append(
-                Judged(answer, right, rng.uniform(0.7, 0.9), lens, [lead - 5, -5.0], 10 + branch)
+                Judged(answer, right, rng.uniform(0.7, 0.9), states, [lead - 5, -5.0], 10 + branch)
             )
         groups.append(group)
     return groups
@@ -48,14 +47,9 @@ def easy_groups(count):
 
 @pytest.fixture(scope="module")
 def parts():
-    found, reasons = calibrate(easy_groups(700), [11, 12], "model", risk=0.02, delta=0.05)
+    found, reasons = calibrate(easy_groups(700), [11, 12], 8, "model", risk=0.02, delta=0.05)
     assert reasons == []
     return found
-
-
-@pytest.mark.parametrize(("layers", "checks"), [(8, (4, 6, 7)), (30, (15, 22, 29)), (2, (1,))])
-def test_exits_look_in_the_second_half_and_never_at_the_end(layers, checks):
-    assert lens_layers(layers) == checks
 
 
 def test_exit_and_skip_share_the_risk(parts):
@@ -70,7 +64,7 @@ def test_exit_and_skip_share_the_risk(parts):
 
 
 def test_too_little_data_promises_nothing():
-    found, reasons = calibrate(easy_groups(60), [11, 12], "model", risk=0.02, delta=0.05)
+    found, reasons = calibrate(easy_groups(60), [11, 12], 8, "model", risk=0.02, delta=0.05)
     assert found == []
     assert [reason.split(":")[0] for reason in reasons] == ["no layer exit", "no skip gate"]
     assert all("it takes 368 without an error" in reason for reason in reasons)

@@ -91,5 +91,5 @@ def test_the_response_has_every_key():
         "merged_into",
         "fallback",
     }
-    found = ResponseInfo(label_scores=[1.0, 2.0], lens=[[0.0, 1.0]]).to_dict()
-    assert (found["label_scores"], found["lens"]) == ([1.0, 2.0], [[0.0, 1.0]])
+    found = ResponseInfo(label_scores=[1.0, 2.0], states=[[0.0, 1.0]]).to_dict()
+    assert (found["label_scores"], found["states"]) == ([1.0, 2.0], [[0.0, 1.0]])

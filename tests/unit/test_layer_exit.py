@@ -9,17 +9,21 @@ from hypothesis import given, settings
 from sglang.benchmark.one_batch import extend
 
 from rksc_sglang.asks.signature import Signatures
-from rksc_sglang.cgee.exit_rule import CalibratedRule, PaperRule, paper_rule
+from rksc_sglang.cgee.exit_rule import (
+    CalibratedRule,
+    Observe,
+    PaperRule,
+    Probe,
+    check_layers,
+    paper_rule,
+)
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
 
 LAYERS, VOCABULARY = 6, 1000
 CHECKS = (2, 3, 5)
 
 
-def rule_of(accept, reject=None, patience=1):
-    checks = len(CHECKS)
-    thresholds = [(width,) * checks for width in (accept, accept if reject is None else reject)]
-    return CalibratedRule(CHECKS, (1.0,) * checks, ((0.0, 0.1),) * checks, *thresholds, patience)
+LABELS = (11, 12)
 
 
 class Runner:
@@ -33,6 +37,14 @@ class Runner:
         self.exit = LayerExit(
             runner.model, runner.attn_backend, lambda batch: self.candidates, self.errors.append
         )
+
+    def rule_of(self, accept, reject=None, patience=1):
+        """A probe that reads what the last layer's own columns do: the logit lens."""
+        columns = self.runner.model.lm_head.weight[list(LABELS)].float().tolist()
+        checks = len(CHECKS)
+        probe = Probe(CHECKS, (tuple(map(tuple, columns)),) * checks, ((0.0, 0.0),) * checks)
+        thresholds = accept, accept if reject is None else reject
+        return CalibratedRule(probe, (1.0,) * checks, ((0.0, 0.1),) * checks, *thresholds, patience)
 
     def run(self, requests, candidates=()):
         """Logits [requests, vocabulary] of ``(prefix, new)`` token lists."""
@@ -81,7 +93,7 @@ class Reports:
         self.of = {}
 
     def __call__(self, row):
-        return lambda layer, scores, lens: self.of.__setitem__(row, (layer, scores, lens))
+        return lambda layer, scores, seen: self.of.__setitem__(row, (layer, scores, seen))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +101,7 @@ def runner(model_runner):
     return Runner(model_runner)
 
 
-def make_candidates(rows, rule, labels=(11, 12)):
+def make_candidates(rows, rule, labels=LABELS):
     reports = Reports()
     return [Candidate(row, labels, rule, reports(row)) for row in rows], reports
 
@@ -104,26 +116,29 @@ def test_a_batch_exits_as_each_request_alone(runner, requests, data):
     rows = data.draw(st.sets(st.integers(0, len(requests) - 1)))
     patience = data.draw(st.integers(1, 2))
     accept, reject = (data.draw(st.sampled_from([0.0, 0.5, 2.0, 5.0, 1e9])) for _ in range(2))
-    rule = rule_of(accept, reject, patience)
+    rule = runner.rule_of(accept, reject, patience)
     plain = runner.run(requests)
     plain_kv = [runner.kv_of(req) for req in runner.reqs]
 
-    expected, lenses = [], {}
+    expected, wanted = [], {}
     for row, request in enumerate(requests):
         if row not in rows:
             expected.append(plain[row])
             continue
-        # Alone, and never decided: the lens logits of all checks.
-        never, seen = make_candidates([0], rule_of(1e9))
+        # Alone, and never decided: what is read in all checks.
+        never, seen = make_candidates([0], runner.rule_of(1e9))
         runner.run([request], never)
-        _, _, lens = seen.of[0]
-        rows_of_lens = torch.tensor(lens)[:, None]
+        _, _, reads = seen.of[0]
+        rows_of_reads = torch.tensor(reads)[:, None]
         stops = [
             check
             for check in range(len(CHECKS))
-            if rule.decided(rows_of_lens[: check + 1], None)[0]
+            if rule.decided(rows_of_reads[: check + 1], None)[0]
         ]
-        lenses[row] = (CHECKS[stops[0]] if stops else None, lens[: stops[0] + 1 if stops else None])
+        wanted[row] = (
+            CHECKS[stops[0]] if stops else None,
+            reads[: stops[0] + 1 if stops else None],
+        )
         alone, _ = make_candidates([0], rule)
         expected.append(runner.run([request], alone)[0])
 
@@ -132,23 +147,23 @@ def test_a_batch_exits_as_each_request_alone(runner, requests, data):
     assert runner.errors == []
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-3, rtol=1e-3)
     assert set(reports.of) == rows
-    for row, (layer, lens) in lenses.items():
+    for row, (layer, reads) in wanted.items():
         assert reports.of[row][0] == layer
         torch.testing.assert_close(
-            torch.tensor(reports.of[row][2]), torch.tensor(lens), atol=1e-3, rtol=1e-3
+            torch.tensor(reports.of[row][2]), torch.tensor(reads), atol=1e-3, rtol=1e-3
         )
     for row, req in enumerate(runner.reqs):
-        if row not in rows or lenses[row][0] is None:
+        if row not in rows or wanted[row][0] is None:
             torch.testing.assert_close(runner.kv_of(req), plain_kv[row], atol=1e-4, rtol=1e-4)
 
 
-def test_logits_of_an_exited_request_are_the_lens_of_its_layer(runner):
-    candidates, reports = make_candidates([0, 1], rule_of(0.0))
+def test_logits_of_an_exited_request_are_those_of_its_layer(runner):
+    candidates, reports = make_candidates([0, 1], runner.rule_of(0.0))
     logits = runner.run([([], [7, 8, 9]), ([], [10, 11])], candidates)
     for row in (0, 1):
         layer, scores, lens = reports.of[row]
         assert layer == CHECKS[0]
-        assert logits[row][[11, 12]].tolist() == pytest.approx(lens[-1], abs=1e-4)
+        assert logits[row][list(LABELS)].tolist() == pytest.approx(lens[-1], abs=1e-4)
         lead = lens[-1][0] - lens[-1][1]
         assert scores[0] - scores[1] == pytest.approx(lead - 0.1, abs=1e-4)
 
@@ -156,18 +171,38 @@ def test_logits_of_an_exited_request_are_the_lens_of_its_layer(runner):
 def test_a_batch_without_candidates_is_bit_equal_to_stock(runner):
     batch = [([3, 4, 5], [6, 7]), ([], [8, 9, 10])]
     first = runner.run(batch)
-    never, _ = make_candidates([1], rule_of(1e9))
+    never, _ = make_candidates([1], runner.rule_of(1e9))
     watched = runner.run(batch, never)
     assert torch.equal(first, watched)
 
 
 def test_different_rules_and_labels_share_a_batch(runner):
-    (first,), one = make_candidates([0], rule_of(0.0))
-    (second,), two = make_candidates([2], rule_of(1e9), labels=(20, 21))
+    (first,), one = make_candidates([0], runner.rule_of(0.0))
+    (second,), two = make_candidates([2], runner.rule_of(1e9), labels=(20, 21))
     runner.run([([], [7, 8]), ([], [9]), ([5, 6], [7])], [first, second])
     assert one.of[0][0] == CHECKS[0]
     assert two.of[2][0] is None
     assert len(two.of[2][2]) == len(CHECKS)
+
+
+def test_states_are_what_the_probe_reads(runner):
+    (seen,), states = make_candidates([0], Observe(CHECKS))
+    (reading,), reads = make_candidates([1], runner.rule_of(1e9))
+    logits = runner.run([([], [7, 8, 9])] * 2, [seen, reading])
+    assert torch.isfinite(logits).all()
+    layer, _, found = states.of[0]
+    assert layer is None
+    probe = runner.rule_of(1e9).probe
+    for check, state in enumerate(torch.tensor(found)):
+        read = probe.read(check, state[None])[0]
+        assert read.tolist() == pytest.approx(reads.of[1][2][check], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "checks"), [(8, (2, 4, 6)), (12, (3, 6, 9)), (30, (8, 15, 22)), (2, (1,))]
+)
+def test_exits_look_behind_quarters_and_never_at_the_end(layers, checks):
+    assert check_layers(layers) == checks
 
 
 def test_the_papers_rule_looks_at_the_vocabulary(runner):
@@ -190,7 +225,7 @@ def test_signatures_are_those_of_the_requests_that_stayed(model_runner, runner):
     runner.run(batch)
     plain = rows([0, 2]).clone()
     signatures.rows.zero_()
-    candidates, _ = make_candidates([1], rule_of(0.0))
+    candidates, _ = make_candidates([1], runner.rule_of(0.0))
     runner.run(batch, candidates)
     assert plain.any(1).all()
     torch.testing.assert_close(rows([0, 2]), plain, atol=1e-2, rtol=1e-2)
@@ -198,7 +233,7 @@ def test_signatures_are_those_of_the_requests_that_stayed(model_runner, runner):
 
 def test_a_failure_leaves_the_pass_whole(runner):
     class Broken(PaperRule):
-        def decided(self, lens, entropy):
+        def decided(self, seen, entropy):
             raise RuntimeError("broken")
 
     batch = [([], [7, 8, 9])]

@@ -1,11 +1,14 @@
 """``benchmarks.verify`` on rows whose outcome is known."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
 from benchmarks import verify
+from rksc_sglang.cgee.exit_rule import Probe
 
-LAYERS = 8
+LAYERS, CHECKS = 8, (2, 4, 6)
 
 
 def make_rows(count, split, seed):
@@ -26,9 +29,9 @@ def make_rows(count, split, seed):
                 "text": "",
             }
             if place < verify.BRANCHES:
-                branch["lens"] = [[lead / 2 + rng.normal(0, 0.05), 0.0] for _ in range(LAYERS - 1)]
+                branch["seen"] = [[lead * 3 + rng.normal(0, 0.05), 0.0] for _ in CHECKS]
                 branch["final"] = [lead, 0.0]
-                branch["paper"] = {"layer": 3, "scores": branch["lens"][2]}
+                branch["paper"] = {"layer": 3, "scores": branch["seen"][0]}
             branches.append(branch)
         rows.append({"workload": split, "condition": "recorded", "branches": branches})
     return rows
@@ -49,7 +52,9 @@ def rows():
         for condition, seconds in (("full", 0.3), ("exit", 0.2))
     ]
     # 368 problems are enough for half of this risk.
+    probe = asdict(Probe(CHECKS, (((1.0,), (0.0,)),) * 3, ((0.0, 0.0),) * 3))
     setting = {"workload": "setting", "condition": "asked", "risk": 0.02}
+    setting |= {"num_layers": LAYERS, "probe": probe}
     return [setting, *make_rows(520, "calibration", 0), *make_rows(300, "test", 1), *timing]
 
 
@@ -93,7 +98,7 @@ def test_errors_that_were_mended_are_not_netted():
 
 def test_groups_skipped_at_random_are_wrong_more_often_than_chosen_ones(rows):
     groups = verify.groups_of(rows, "test")
-    found = verify.skip_at_random(groups, 0.5)
+    found = verify.skip_at_random(groups, LAYERS, 0.5)
     assert sum(o["skipped"] for o in found) == 150
 
 
