@@ -266,10 +266,10 @@ def evidence_of(group: Group, branches: int | None = None) -> Any:
 def fit_chance(groups: Sequence[Group]) -> tuple[float, float, float, float]:
     """Weights of :class:`CalibratedGate`: a logistic model of the leading answer being right."""
     known = [(e, group) for group in groups if (e := evidence_of(group)).leader is not None]
-    x = np.array([[e.share, e.support, e.top - e.second, 1.0] for e, _ in known])
+    x = np.array([[e.share, e.support, e.edge, 1.0] for e, _ in known])
     y = np.array([group[e.leader].right for e, group in known], dtype=float)
-    share, support, lead, bias = fit_logistic(x, y, 1e-3)
-    return share, support, lead, bias
+    share, support, edge, bias = fit_logistic(x, y, 1e-6)
+    return share, support, edge, bias
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> list[float]:

@@ -1,8 +1,8 @@
 """The skip gate: whether a group of branches needs no verification at all.
 
 A group-level decision, made before anything is asked: from the branches' confidences (mean top-1
-probability of their tokens up to the end), the lead of the most confident one, and how many
-branches have the same answer.
+probability of their tokens up to the end), the lead over those that say something else, and how
+many branches have the same answer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Evidence:
         share: of all branches, those that have the most frequent answer; 0 where there is none.
         top, second: confidences of the most confident branch and of the runner-up.
         support: mean confidence of the branches with the most frequent answer.
+        edge: by how much ``leader`` is more confident than all branches that say something else;
+            its own confidence where there are none.
         winner: the most confident branch, and of those with the most frequent answer,
         leader: the most confident one; None where there is no answer.
     """
@@ -34,6 +36,7 @@ class Evidence:
     top: float
     second: float
     support: float
+    edge: float
     winner: int
     leader: int | None
 
@@ -55,15 +58,17 @@ def gather(
     second = confidences[ranked[1]] if len(ranked) > 1 else 0.0
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
-        return Evidence(0.0, confidences[ranked[0]], second, 0.0, ranked[0], None)
+        return Evidence(0.0, confidences[ranked[0]], second, 0.0, 0.0, ranked[0], None)
     # Of equally frequent answers, that of the more confident branch.
     best = max(votes, key=lambda answer: (votes[answer], -_first(ranked, answers, answer)))
-    having = [confidences[branch] for branch, answer in enumerate(answers) if answer == best]
+    having = [c for c, answer in zip(confidences, answers) if answer == best]
+    others = [c for c, answer in zip(confidences, answers) if answer != best]
     return Evidence(
         share=votes[best] / (branches or len(answers)),
         top=confidences[ranked[0]],
         second=second,
         support=sum(having) / len(having),
+        edge=max(having) - max(others, default=0.0),
         winner=ranked[0],
         leader=ranked[_first(ranked, answers, best)],
     )
@@ -96,7 +101,7 @@ class CalibratedGate:
     """Skip when the chance that the most frequent answer is right is high enough.
 
     Attributes:
-        weights: of share, support and lead of a logistic model of that chance, and its bias.
+        weights: of share, support and edge of a logistic model of that chance, and its bias.
         threshold: least chance.
     """
 
@@ -104,9 +109,8 @@ class CalibratedGate:
     threshold: float
 
     def chance(self, evidence: Evidence) -> float:
-        share, support, lead, bias = self.weights
-        score = share * evidence.share + support * evidence.support + bias
-        score += lead * (evidence.top - evidence.second)
+        share, support, edge, bias = self.weights
+        score = share * evidence.share + support * evidence.support + edge * evidence.edge + bias
         return 1 / (1 + math.exp(-max(min(score, 50.0), -50.0)))
 
     def winner(self, evidence: Evidence) -> int | None:

@@ -52,6 +52,12 @@ def test_the_calibrated_gate_takes_the_answer_of_most():
     assert gate.winner(gather(["a", "a", "a", "a"], [0.6, 0.7, 0.5, 0.9])) == 3
 
 
+def test_the_edge_is_over_those_who_say_something_else():
+    assert gather(["a", "a", "b", None], [0.5, 0.9, 0.6, 0.7]).edge == pytest.approx(0.2)
+    assert gather(["a", "a"], [0.5, 0.9]).edge == pytest.approx(0.9)
+    assert gather([None], [0.5]).edge == 0
+
+
 answers = st.lists(st.one_of(st.none(), st.sampled_from("abc")), min_size=1, max_size=8)
 
 
@@ -65,6 +71,7 @@ def test_evidence_does_not_depend_on_the_order(answers, data):
     two = gather([answers[i] for i in order], [confidences[i] for i in order])
     assert (one.share, one.top, one.second) == (two.share, two.top, two.second)
     assert one.support == pytest.approx(two.support)
+    assert one.edge == pytest.approx(two.edge)
     assert one.winner == order[two.winner]
     assert (one.leader is None) == (two.leader is None)
     if one.leader is not None:
