@@ -123,16 +123,18 @@ class Setting(NamedTuple):
 
     Attributes:
         risk: that was asked for.
+        labels: token ids.
     """
 
     risk: float
     probe: Probe
     num_layers: int
+    labels: tuple[int, ...]
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Setting:
         (row,) = (row for row in rows if row["workload"] == "setting")
-        return cls(row["risk"], probe_of(row["probe"]), row["num_layers"])
+        return cls(row["risk"], probe_of(row["probe"]), row["num_layers"], tuple(row["labels"]))
 
 
 def calibrated(
@@ -406,7 +408,12 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
             record("test", test, "test"),
         )
         rows = [probed_row(row, probe) for row in itertools.chain(*recordings)]
-    asked = {"risk": args.risk, "num_layers": num_layers, "probe": asdict(probe)}
+    asked = {
+        "risk": args.risk,
+        "num_layers": num_layers,
+        "labels": labels,
+        "probe": asdict(probe),
+    }
     rows.insert(0, {"workload": "setting", "condition": "asked", **asked})
     exits, _ = calibrated(rows, Setting.of(rows), True, False)
     if exits is None:

@@ -33,7 +33,7 @@ from rksc_sglang.asks.merge_calibration import calibrate_merge, group_of
 from rksc_sglang.asks.merge_record import record_branches
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.cgee.calibration import TooLittleData, calibrate_exit, calibrate_skip
-from rksc_sglang.cgee.exit_rule import check_layers
+from rksc_sglang.cgee.exit_rule import Probe, check_layers
 from rksc_sglang.cgee.judged import Group
 from rksc_sglang.cgee.probing import fit_probe, probed
 from rksc_sglang.cgee.profile import ExitProfile, MergeProfile, Part, SkipProfile, update_profile
@@ -147,6 +147,7 @@ def share(text: str) -> float:
 
 def calibrate(
     groups: Sequence[Group],
+    probe: Probe,
     labels: Sequence[int],
     num_layers: int,
     model: str,
@@ -158,17 +159,15 @@ def calibrate(
     Exit and skip are used together, so each gets half of the risk and half of the chance.
 
     Args:
-        groups: with the states that were observed.
+        groups: as the probe has read them; it was fitted to the first ``FIT_SHARE`` of them.
     """
     parts: list[Part] = []
     reasons = []
     cut = int(len(groups) * FIT_SHARE)
     fit, test = groups[:cut], groups[cut:]
-    probe = fit_probe(fit, check_layers(num_layers))
     half = (risk / 2, delta / 2)
     try:
-        seen = probed(fit, probe), probed(test, probe)
-        exits = calibrate_exit(*seen, probe, num_layers, *half)
+        exits = calibrate_exit(fit, test, probe, num_layers, *half)
         found = exits.rule, exits.unanimous
         parts.append(ExitProfile(model, tuple(labels), *found, *half, exits.evidence))
     except TooLittleData as error:
@@ -218,7 +217,9 @@ def measure(args: argparse.Namespace, model: Path) -> tuple[list[Part], list[str
 
     if args.merge:
         return calibrate_merging(record(args, model, thoughts).kept, *found)
-    return calibrate(*record(args, model, group), *found)
+    kept, labels, num_layers = record(args, model, group)
+    probe = fit_probe(kept[: int(len(kept) * FIT_SHARE)], check_layers(num_layers))
+    return calibrate(probed(kept, probe), probe, labels, num_layers, *found)
 
 
 def main() -> None:

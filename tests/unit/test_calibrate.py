@@ -8,6 +8,7 @@ import pytest
 
 from rksc_sglang.asks.alike import SIGNALS, Thought
 from rksc_sglang.asks.merge_calibration import compare
+from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.calibrate import (
     asked_problems,
     calibrate,
@@ -16,6 +17,7 @@ from rksc_sglang.calibrate import (
 )
 from rksc_sglang.cgee import profile
 from rksc_sglang.cgee.judged import Judged
+from rksc_sglang.cgee.probing import fit_probe, probed
 from rksc_sglang.cgee.profile import (
     CalibratedParts,
     ExitProfile,
@@ -25,6 +27,7 @@ from rksc_sglang.cgee.profile import (
     profile_of,
     update_profile,
 )
+from rksc_sglang.models import ensure_model
 
 
 def easy_groups(count):
@@ -45,9 +48,15 @@ def easy_groups(count):
     return groups
 
 
+def calibrated(count):
+    groups = easy_groups(count)
+    probe = fit_probe(groups[: count // 4], (2, 4, 6))
+    return calibrate(probed(groups, probe), probe, [11, 12], 8, "model", risk=0.02, delta=0.05)
+
+
 @pytest.fixture(scope="module")
 def parts():
-    found, reasons = calibrate(easy_groups(700), [11, 12], 8, "model", risk=0.02, delta=0.05)
+    found, reasons = calibrated(700)
     assert reasons == []
     return found
 
@@ -64,7 +73,7 @@ def test_exit_and_skip_share_the_risk(parts):
 
 
 def test_too_little_data_promises_nothing():
-    found, reasons = calibrate(easy_groups(60), [11, 12], 8, "model", risk=0.02, delta=0.05)
+    found, reasons = calibrated(60)
     assert found == []
     assert [reason.split(":")[0] for reason in reasons] == ["no layer exit", "no skip gate"]
     assert all("it takes 368 without an error" in reason for reason in reasons)
@@ -111,6 +120,14 @@ def test_the_profile_shipped_for_a_model_is_found(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "shipped_files", lambda: [path])
     assert profile_of(None, "model") == CalibratedParts(*parts)
     assert profile_of(None, "other") == CalibratedParts()
+
+
+def test_the_reasoners_profile_is_what_its_committed_results_give():
+    from scripts.reasoner_profile import PROFILE, parts
+
+    shipped = profile_of(None, fingerprint(ensure_model("reasoner")))
+    assert shipped == profile_of(str(PROFILE), shipped.exit.model)
+    assert (shipped.exit, shipped.skip) == tuple(parts())
 
 
 @pytest.mark.parametrize("flags", [["--risk", "0"], ["--delta", "1"], ["--risk", "2"]])

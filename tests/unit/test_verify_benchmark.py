@@ -54,7 +54,7 @@ def rows():
     # 368 problems are enough for half of this risk.
     probe = asdict(Probe(CHECKS, (((1.0,), (0.0,)),) * 3, ((0.0, 0.0),) * 3))
     setting = {"workload": "setting", "condition": "asked", "risk": 0.02}
-    setting |= {"num_layers": LAYERS, "probe": probe}
+    setting |= {"num_layers": LAYERS, "labels": [1, 2], "probe": probe}
     return [setting, *make_rows(520, "calibration", 0), *make_rows(300, "test", 1), *timing]
 
 
