@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "verify.json"
-PROFILE = ROOT / "rksc_sglang" / "asks" / "profiles" / "reasoner.json"
-
 from benchmarks.verify import DELTA, Setting, groups_of
 from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.calibrate import calibrate
 from rksc_sglang.cgee.profile import Part, update_profile
 from rksc_sglang.models import ensure_model
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "verify.json"
+PROFILE = ROOT / "rksc_sglang" / "asks" / "profiles" / "reasoner.json"
 
 
 def parts() -> list[Part]:
