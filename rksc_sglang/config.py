@@ -93,8 +93,8 @@ class RkscConfig:
     profile: str | None = _setting(
         None,
         "calibrated profile of the served model, written by python -m rksc_sglang.asks.calibrate "
-        "(splicing) and python -m rksc_sglang.calibrate (early exit); without it the one shipped for "
-        "the model, if there is one",
+        "(splicing) and python -m rksc_sglang.calibrate (early exit); without it the one "
+        "shipped for the model, if there is one",
         type_=str,
     )
     splice_head: int = _setting(
