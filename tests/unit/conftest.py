@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+#: Environment variable with the architecture of ``model_runner``, as transformers spells it.
+ARCHITECTURE = "RKSC_TEST_ARCHITECTURE"
 
 
 @pytest.fixture(scope="session")
@@ -32,31 +36,33 @@ def sglang_runtime(tiny_model: Path) -> Any:
 def model_runner(
     sglang_runtime: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """SGLang's model runner of a random Llama of six layers, on our CPU attention.
+    """SGLang's model runner of a random model of six layers, on our CPU attention.
 
-    SGLang builds one in a process: for a single module.
+    SGLang builds one in a process: for a single module. The environment may name another
+    architecture than Llama.
     """
     import torch
+    import transformers
     from sglang.benchmark.one_batch import load_model
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
     from sglang.srt.server_args import PortArgs, ServerArgs
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from rksc_sglang.attention_cpu import NAME, register_attention_cpu
 
     path = tmp_path_factory.mktemp("models") / "six-layers"
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=1000,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-        )
-    ).save_pretrained(path)
+    name = os.environ.get(ARCHITECTURE, "Llama")
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+    )
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(path)
     register_attention_cpu()
     args = ServerArgs(
         model_path=str(path),

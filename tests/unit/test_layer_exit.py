@@ -1,5 +1,8 @@
 """Requests leave the layers of a real model of SGLang one by one, as if each had run alone."""
 
+import os
+import subprocess
+import sys
 from array import array
 
 import hypothesis.strategies as st
@@ -246,3 +249,13 @@ def test_a_failure_leaves_the_pass_whole(runner):
 def test_a_model_without_layers_is_refused():
     with pytest.raises(UnsupportedModel, match="no list of decoder layers"):
         LayerExit(torch.nn.Linear(2, 2), None, lambda batch: [], print)
+
+
+@pytest.mark.skipif("RKSC_TEST_ARCHITECTURE" in os.environ, reason="is one of these runs")
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
+def test_other_architectures(architecture):
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "batch", __file__]
+    env = {**os.environ, "RKSC_TEST_ARCHITECTURE": architecture}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
