@@ -170,7 +170,7 @@ def exited(
         return np.full(len(everyone), num_layers), scores
     layers, scores = replay(exits.rule, everyone, num_layers)
     bold = np.array([is_unanimous(group) for group in groups for _ in group])
-    agreed = replay(exits.unanimous, everyone, num_layers)
+    agreed = replay(exits.rule.at(exits.unanimous), everyone, num_layers)
     return np.where(bold, agreed[0], layers), np.where(bold[:, None], agreed[1], scores)
 
 

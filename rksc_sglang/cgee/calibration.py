@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import binom
 
-from rksc_sglang.cgee.exit_rule import CalibratedRule, ExitRule, Probe
+from rksc_sglang.cgee.exit_rule import NEVER, CalibratedRule, ExitRule, Probe
 from rksc_sglang.cgee.judged import (
     Group,
     Judged,
@@ -128,10 +128,10 @@ def changed_verdicts(groups: Sequence[Group], rule: ExitRule, num_layers: int) -
 
 
 class Exits(NamedTuple):
-    """Calibrated rules: of all groups, and of unanimous ones, with the evidence for both."""
+    """A calibrated rule of all groups, the least lead in unanimous ones, the evidence for both."""
 
     rule: CalibratedRule
-    unanimous: CalibratedRule
+    unanimous: float
     evidence: dict[str, Any]
 
 
@@ -156,20 +156,21 @@ def calibrate_exit(
     """
     scale, offset = fit_correction([judged for group in fit for judged in group])
 
-    def rule_of(doubt: float) -> CalibratedRule:
-        lead = math.log((1 - doubt) / doubt)
-        return CalibratedRule(probe, scale, offset, lead, lead)
+    never = CalibratedRule(probe, scale, offset, NEVER, NEVER)
+
+    def lead_of(doubt: float) -> float:
+        return math.log((1 - doubt) / doubt)
 
     found: dict[float, tuple[int, int, float]] = {}
     agreed: dict[float, tuple[int, float]] = {}
     unanimous = [group for group in test if is_unanimous(group)]
 
     def errors_of(doubt: float) -> int:
-        found[doubt] = exit_errors(test, rule_of(doubt), num_layers)
+        found[doubt] = exit_errors(test, never.at(lead_of(doubt)), num_layers)
         return found[doubt][0]
 
     def changes_of(doubt: float) -> int:
-        agreed[doubt] = changed_verdicts(unanimous, rule_of(doubt), num_layers)
+        agreed[doubt] = changed_verdicts(unanimous, never.at(lead_of(doubt)), num_layers)
         return agreed[doubt][0]
 
     doubt, tried = fixed_sequence(DOUBTS, errors_of, len(test), risk, delta)
@@ -207,7 +208,7 @@ def calibrate_exit(
         }
     except TooLittleData:
         pass
-    return Exits(rule_of(doubt), rule_of(max(doubt, bold)), evidence)
+    return Exits(never.at(lead_of(doubt)), lead_of(max(doubt, bold)), evidence)
 
 
 def stop_early(group: Group, gate: SkipGate) -> tuple[int | None, int]:

@@ -8,7 +8,7 @@ requests are decided.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -134,6 +134,10 @@ class CalibratedRule:
     @property
     def layers(self) -> tuple[int, ...]:
         return self.probe.layers
+
+    def at(self, lead: float) -> CalibratedRule:
+        """The same with this least lead, of whichever label."""
+        return replace(self, accept=lead, reject=lead)
 
     def read(self, check: int, state: Tensor, weight: Tensor, labels: Sequence[int]) -> Tensor:
         return self.probe.read(check, state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,8 @@ class ExitProfile:
     Attributes:
         model: fingerprint of the model (:func:`rksc_sglang.asks.profile.fingerprint`).
         labels: token ids of the labels that it was calibrated for, in order.
-        rule: for all groups; unanimous: for those whose branches all have the same answer.
+        rule: for all groups.
+        unanimous: least lead, of whichever label, where all branches have the same answer.
         risk, delta: the share of problems that may lose their right answer to it, and the chance
             that this promise is wrong.
         evidence: counts and curve.
@@ -34,10 +36,14 @@ class ExitProfile:
     model: str
     labels: tuple[int, ...]
     rule: CalibratedRule
-    unanimous: CalibratedRule
+    unanimous: float
     risk: float
     delta: float
     evidence: dict[str, Any]
+
+    @cached_property
+    def unanimous_rule(self) -> CalibratedRule:
+        return self.rule.at(self.unanimous)
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> ExitProfile:
@@ -45,7 +51,7 @@ class ExitProfile:
             model=raw["model"],
             labels=tuple(raw["labels"]),
             rule=_rule_of(raw["rule"]),
-            unanimous=_rule_of(raw["unanimous"]),
+            unanimous=raw["unanimous"],
             risk=raw["risk"],
             delta=raw["delta"],
             evidence=raw["evidence"],

@@ -126,7 +126,7 @@ class Verifications:
             return None, "layer_exit: not calibrated for this model"
         if tuple(tokens) != self.profile.labels:
             return None, "layer_exit: not calibrated for these labels"
-        rule = self.profile.unanimous if verify.unanimous else self.profile.rule
+        rule = self.profile.unanimous_rule if verify.unanimous else self.profile.rule
         return ExitState(self.profile.labels, rule), None
 
     def _candidates(self, forward: ForwardBatch) -> Sequence[Candidate]:

@@ -75,7 +75,7 @@ def splicing(smollm2: Path, logs: Path) -> Iterator[str]:
     labels = tuple(tokenizer.convert_tokens_to_ids(label) for label in ("Yes", "No"))
     probe = Probe((15,), (((0.0,) * 576,) * 2,), ((0.5, -0.5),))
     rule = CalibratedRule(probe, (1.0,), ((0.0, 0.0),), 0.0, 0.0)
-    update_profile(profile, ExitProfile(model, labels, rule, rule, 0.01, 0.05, {}))
+    update_profile(profile, ExitProfile(model, labels, rule, 0.0, 0.01, 0.05, {}))
     gate = CalibratedGate((10.0, 0.0, 0.0, -7.0), 0.5)  # a share of more than 0.7
     update_profile(profile, SkipProfile(model, gate, 0.01, 0.05, {}))
     update_profile(profile, MergeProfile(model, {"next": 0.99}, 0.05, 0.05, {}))
