@@ -388,7 +388,7 @@ def time_exits(url: str, rows: Sequence[Row], seed: int) -> Iterator[Row]:
 def measure(args: Any, model: str, folder: Path) -> list[Row]:
     # As many as can show half of the risk at half of delta: exit and skip share both.
     enough = round(1.02 * needed_problems(args.risk / 2, DELTA / 2) / (1 - FIT_SHARE))
-    calibration, count, timed = (240, 120, 40) if args.quick else (enough, 1000, 200)
+    calibration, count, timings = (240, 120, 40) if args.quick else (enough, 1000, 200)
     fit = int(calibration * FIT_SHARE)
     with serve_on_each_core(model, folder, "balanced") as recorders:
         labels, num_layers = recorders[0].labels, recorders[0].num_layers
@@ -415,20 +415,23 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
         "probe": asdict(probe),
     }
     rows.insert(0, {"workload": "setting", "condition": "asked", **asked})
-    exits, _ = calibrated(rows, Setting.of(rows), True, False)
+    return [*rows, *timed(rows, model, folder, args.seed, count=timings)]
+
+
+def timed(rows: Sequence[Row], model: str, folder: Path, seed: int, count: int) -> Iterator[Row]:
+    """Times of the first test problems, on a server with the rules that the rows give."""
+    setting = Setting.of(rows)
+    exits, _ = calibrated(rows, setting, True, False)
     if exits is None:
         print("too few problems for the risk: layer exit is not timed")
-        return rows
+        return
     profile = folder / "profile.json"
-    part = ExitProfile(
-        fingerprint(Path(model)), tuple(labels), exits.rule, exits.unanimous, args.risk, DELTA, {}
-    )
+    found = exits.rule, exits.unanimous
+    part = ExitProfile(fingerprint(Path(model)), setting.labels, *found, setting.risk, DELTA, {})
     update_profile(profile, part)
     flags = ("--rksc-profile", str(profile))
     with serve(model, folder / "timing.log", "balanced", *flags) as url:
-        timed_rows = [row for row in rows if row["workload"] == "test"][:timed]
-        rows += time_exits(url, timed_rows, args.seed)
-    return rows
+        yield from time_exits(url, [r for r in rows if r["workload"] == "test"][:count], seed)
 
 
 def plot(summary: Mapping[str, Any], path: Path) -> None:

@@ -36,7 +36,7 @@ Setting = TypeVar("Setting")
 DOUBTS = tuple(1e-4 * 1.35**i for i in range(26))
 #: Of unanimous groups: the share that may get another verdict on a branch, and the chance that this
 #: promise is wrong.
-VERDICT_RISK, VERDICT_DELTA = 0.01, 0.05
+VERDICT_RISK, VERDICT_DELTA = 0.02, 0.05
 #: Chances of being right that the skip gate is tried at.
 CHANCES = tuple(1 - 0.002 * 1.15**i for i in range(38))
 
