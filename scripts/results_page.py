@@ -87,7 +87,8 @@ SECTIONS = (
         "other problems, for the stated risk that a problem loses its right answer; decisions of "
         "all conditions are on the same samples, times are live. More branches are the same tokens "
         "spent on further samples and a majority vote. The picture has all conditions, the paper's "
-        "constants among them. More in [verification.md](verification.md).",
+        "constants among them. Exits and skips find the same groups. More in "
+        "[verification.md](verification.md).",
         {
             "exit_speedup": "at least 1.26",
             "exit_speedup_wall": "",
