@@ -131,8 +131,8 @@ def test_the_reasoners_profile_is_what_its_committed_results_give():
     assert (shipped.exit.rule.probe, shipped.exit.labels) == (exit_.rule.probe, exit_.labels)
     assert shipped.exit.rule.accept == exit_.rule.accept
     assert shipped.exit.unanimous == exit_.unanimous
-    assert shipped.skip.gate.threshold == skip.gate.threshold
     # Fitted again, on whatever processor this is.
+    assert shipped.skip.gate.threshold == pytest.approx(skip.gate.threshold, abs=0.02)
     assert shipped.skip.gate.weights == pytest.approx(skip.gate.weights, rel=0.05)
 
 
