@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -188,26 +189,23 @@ def calibrate_exit(
         ],
     }
     bold = doubt
-    try:
-        if not unanimous:
-            raise TooLittleData("no group is unanimous")
-        bold, tried = fixed_sequence(
-            DOUBTS, changes_of, len(unanimous), VERDICT_RISK, VERDICT_DELTA
-        )
-        evidence["unanimous"] = {
-            "problems": len(unanimous),
-            "risk": VERDICT_RISK,
-            "delta": VERDICT_DELTA,
-            "doubt": bold,
-            "changed": agreed[bold][0],
-            "mean_exit_layer": agreed[bold][1],
-            "curve": [
-                {"doubt": at, **point, "mean_exit_layer": agreed[at][1]}
-                for at, point in zip(agreed, tried)
-            ],
-        }
-    except TooLittleData:
-        pass
+    if unanimous:
+        with suppress(TooLittleData):
+            bold, tried = fixed_sequence(
+                DOUBTS, changes_of, len(unanimous), VERDICT_RISK, VERDICT_DELTA
+            )
+            evidence["unanimous"] = {
+                "problems": len(unanimous),
+                "risk": VERDICT_RISK,
+                "delta": VERDICT_DELTA,
+                "doubt": bold,
+                "changed": agreed[bold][0],
+                "mean_exit_layer": agreed[bold][1],
+                "curve": [
+                    {"doubt": at, **point, "mean_exit_layer": agreed[at][1]}
+                    for at, point in zip(agreed, tried)
+                ],
+            }
     return Exits(never.at(lead_of(doubt)), lead_of(max(doubt, bold)), evidence)
 
 
@@ -269,6 +267,7 @@ def fit_chance(groups: Sequence[Group]) -> tuple[float, float, float, float]:
     known = [(e, group) for group in groups if (e := evidence_of(group)).leader is not None]
     x = np.array([[e.share, e.support, e.edge, 1.0] for e, _ in known])
     y = np.array([group[e.leader].right for e, group in known], dtype=float)
+    # Confidences differ by hundredths: what tells them apart takes large weights.
     share, support, edge, bias = fit_logistic(x, y, 1e-6)
     return share, support, edge, bias
 
