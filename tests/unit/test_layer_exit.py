@@ -252,10 +252,10 @@ def test_a_model_without_layers_is_refused():
 
 
 @pytest.mark.skipif("RKSC_TEST_ARCHITECTURE" in os.environ, reason="is one of these runs")
-@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
-def test_other_architectures(architecture):
+def test_another_architecture():
+    """A third is what the end-to-end tests run these tests on, with SGLang patched."""
     command = [sys.executable, "-m", "pytest", "-q", "-k", "batch", __file__]
-    env = {**os.environ, "RKSC_TEST_ARCHITECTURE": architecture}
+    env = {**os.environ, "RKSC_TEST_ARCHITECTURE": "Qwen2"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout
