@@ -179,16 +179,15 @@ class Part:
     def _workloads(self) -> Iterator[Workload]:
         seed, questions = self.args.seed, self.args.questions
         if self.name == "growth":
-            span = self.sizes.answers
-            for count in self.sizes.branches:
-                tasks = with_lengths(tasks_of("", seed, questions, 0), span, LENGTHS, seed)
-                program = self_consistency.PROGRAM
-                yield Workload(f"{program.name}_{count}", program, tasks, {"branches": count})
-            for words in self.sizes.documents:
-                program = document_qa.PROGRAM
+            votes, readers = self_consistency.PROGRAM, document_qa.PROGRAM
+            grown: list[tuple[Program, int, int, Mapping[str, Any]]] = [
+                *((votes, count, 0, {"branches": count}) for count in self.sizes.branches),
+                *((readers, words, words, {}) for words in self.sizes.documents),
+            ]
+            for program, size, words, options in grown:
                 tasks = tasks_of(program.name, seed, questions, words)
-                tasks = with_lengths(tasks, span, LENGTHS, seed)
-                yield Workload(f"{program.name}_{words}", program, tasks)
+                tasks = with_lengths(tasks, self.sizes.answers, LENGTHS, seed)
+                yield Workload(f"{program.name}_{size}", program, tasks, options)
             return
         if self.name == "paper":
             from transformers import AutoTokenizer

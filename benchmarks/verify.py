@@ -31,7 +31,7 @@ from benchmarks.harness import Row
 from benchmarks.reasoner import ask_each, on_reasoner, serve, serve_on_each_core
 from benchmarks.statistics import mean_gain, paired_ratio, ratio_of_sums
 from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.calibrate import FIT_SHARE, share
+from rksc_sglang.calibrate import FIT_SHARE, fit_and_test, share
 from rksc_sglang.cgee.calibration import (
     Exits,
     TooLittleData,
@@ -48,7 +48,7 @@ from rksc_sglang.cgee.probing import fit_probe, probed
 from rksc_sglang.cgee.profile import ExitProfile, probe_of, update_profile
 from rksc_sglang.cgee.record import Recorder
 from rksc_sglang.cgee.skip_gate import CalibratedGate, PaperGate
-from rksc_sglang.models.problems import Problem, Split, extract_answer, hard_problems
+from rksc_sglang.models.problems import Problem, extract_answer, hard_problems
 
 BRANCHES, MORE_BRANCHES = 8, 12
 TEMPERATURE = 0.8
@@ -57,10 +57,10 @@ DELTA = 0.05
 MULTIPLES = (1, 2, 4)
 
 
-def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
+def recorded(workload: str, recorder: Recorder, problem: Problem) -> Row:
     """A problem's branches, the first eight verified in full; in tests what the paper's rule does
     to these."""
-    count = MORE_BRANCHES if split == "test" else BRANCHES
+    count = MORE_BRANCHES if workload == "test" else BRANCHES
     branches: list[dict[str, Any]] = []
     for sample in recorder.solve(problem.question, count, TEMPERATURE):
         answer = extract_answer(sample.text)
@@ -77,11 +77,11 @@ def recorded(split: str, recorder: Recorder, problem: Problem) -> Row:
     texts = [branch["text"] for branch in verified]
     for branch, full in zip(verified, recorder.verify(problem.question, texts, "observe")):
         branch |= {"states": full.states, "final": _short([full.final])[0]}
-    if split == "test":
+    if workload == "test":
         for branch, paper in zip(verified, recorder.verify(problem.question, texts, "paper")):
             branch["paper"] = {"layer": paper.layer, "scores": _short([paper.scores])[0]}
     return {
-        "workload": split,
+        "workload": workload,
         "condition": "recorded",
         "question": problem.question,
         "family": problem.family,
@@ -138,12 +138,10 @@ class Setting(NamedTuple):
 
 
 def calibrated(
-    rows: Sequence[Row], setting: Setting, exit_: bool, skip: bool
+    groups: Sequence[Group], setting: Setting, exit_: bool, skip: bool
 ) -> tuple[Exits | None, CalibratedGate | None]:
     """What the recorded calibration split gives for a risk, shared where both are used."""
-    groups = groups_of(rows, "calibration")
-    cut = int(len(groups) * FIT_SHARE)
-    fit, test = groups[:cut], groups[cut:]
+    fit, test = fit_and_test(groups)
     sharers = 2 if exit_ and skip else 1
     risk, delta = setting.risk / sharers, DELTA / sharers
     exits = gate = None
@@ -277,9 +275,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     groups = groups_of(rows, "test")
     setting = Setting.of(rows)
     num_layers = setting.num_layers
-    exits, _ = calibrated(rows, setting, True, False)
-    _, gate = calibrated(rows, setting, False, True)
-    both = calibrated(rows, setting, True, True)
+    calibration = groups_of(rows, "calibration")
+    exits, _ = calibrated(calibration, setting, True, False)
+    _, gate = calibrated(calibration, setting, False, True)
+    both = calibrated(calibration, setting, True, True)
     paper = [[b["paper"] for b in row["branches"][:BRANCHES]] for row in test]
     decide = partial(outcomes, groups, num_layers)
     conditions = {
@@ -297,7 +296,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     table["skip_at_random"] = _condition(skip_at_random(groups, num_layers, rate), num_layers)
     held = []
     for asked in (setting.risk * multiple for multiple in MULTIPLES):
-        found = decide(*calibrated(rows, setting._replace(risk=asked), True, True), stop=True)
+        bolder = calibrated(calibration, setting._replace(risk=asked), True, True)
+        found = decide(*bolder, stop=True)
         # Not more than a rate equal to the risk would give in 19 of 20 test sets.
         most = int(binom.ppf(0.95, len(test), asked))
         held.append({"risk": asked, "errors": errors(found)["errors"], "most": most})
@@ -306,7 +306,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         for o, row in zip(conditions["all"], test)
     ]
     timing = [row for row in rows if row["workload"] == "timing"]
-    forward, wall = (_seconds(timing, name) for name in ("forward_seconds", "wall_seconds"))
+    forward, wall = (
+        harness.pairs(timing, "timing", name, "full", "exit")
+        for name in ("forward_seconds", "wall_seconds")
+    )
     return {
         # Of the whole phase: a problem's own ratio is that of either a stop or none.
         "exit_speedup": ratio_of_sums(*forward) if timing else None,
@@ -331,24 +334,14 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _seconds(timing: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
-    """In full and with exit, by problem."""
-    full, exit_ = harness.pairs(timing, "timing", name, "full", "exit")
-    return full, exit_
-
-
 def _phase_speed(
     timing: Sequence[Row], found: Sequence[Mapping[str, Any]]
 ) -> dict[str, float] | None:
     """Seconds of all verifications of the timed problems in full, over the seconds of those that
     the condition leaves, with exit; None where it leaves none."""
-    if all(found[row["repeat"]]["skipped"] for row in timing):
-        return None
-    seconds = {(row["repeat"], row["condition"]): row["wall_seconds"] for row in timing}
-    timed = sorted({row["repeat"] for row in timing})
-    full = [seconds[place, "full"] for place in timed]
-    some = [0.0 if found[place]["skipped"] else seconds[place, "exit"] for place in timed]
-    return ratio_of_sums(full, some)
+    full, exit_ = harness.pairs(timing, "timing", "wall_seconds", "full", "exit")
+    left = [0.0 if o["skipped"] else seconds for o, seconds in zip(found, exit_)]
+    return ratio_of_sums(full, left) if any(left) else None
 
 
 # Measuring
@@ -389,19 +382,18 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
     # As many as can show half of the risk at half of delta: exit and skip share both.
     enough = round(1.02 * needed_problems(args.risk / 2, DELTA / 2) / (1 - FIT_SHARE))
     calibration, count, timings = (240, 120, 40) if args.quick else (enough, 1000, 200)
-    fit = int(calibration * FIT_SHARE)
+    drawn = list(itertools.islice(hard_problems("calibration", args.seed), calibration))
+    fit, rest = fit_and_test(drawn)
+    test = list(itertools.islice(hard_problems("test", args.seed), count))
     with serve_on_each_core(model, folder, "balanced") as recorders:
         labels, num_layers = recorders[0].labels, recorders[0].num_layers
 
-        def record(split: Split, drawn: Iterable[Problem], what: str) -> Iterator[Row]:
-            return ask_each(recorders, partial(recorded, split), list(drawn), what)
+        def record(workload: str, drawn: Sequence[Problem], what: str) -> Iterator[Row]:
+            return ask_each(recorders, partial(recorded, workload), drawn, what)
 
-        drawn = hard_problems("calibration", args.seed)
-        fitted = list(record("calibration", itertools.islice(drawn, fit), "fit"))
+        fitted = list(record("calibration", fit, "fit"))
         groups = groups_of(fitted, "calibration", seen="states")
         probe = fit_probe(groups, check_layers(num_layers))
-        rest = itertools.islice(drawn, calibration - fit)
-        test = itertools.islice(hard_problems("test", args.seed), count)
         recordings = (
             fitted,
             record("calibration", rest, "calibration"),
@@ -421,7 +413,7 @@ def measure(args: Any, model: str, folder: Path) -> list[Row]:
 def timed(rows: Sequence[Row], model: str, folder: Path, seed: int, count: int) -> Iterator[Row]:
     """Times of the first test problems, on a server with the rules that the rows give."""
     setting = Setting.of(rows)
-    exits, _ = calibrated(rows, setting, True, False)
+    exits, _ = calibrated(groups_of(rows, "calibration"), setting, True, False)
     if exits is None:
         print("too few problems for the risk: layer exit is not timed")
         return

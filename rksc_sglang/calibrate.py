@@ -62,6 +62,12 @@ class Asked(NamedTuple):
 T = TypeVar("T")
 
 
+def fit_and_test(recorded: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """What the models are fitted to, and what the thresholds are found on."""
+    cut = int(len(recorded) * FIT_SHARE)
+    return recorded[:cut], recorded[cut:]
+
+
 class Recorded(NamedTuple, Generic[T]):
     """What was kept of each problem, the label tokens of verifications, and the model's layers."""
 
@@ -159,12 +165,11 @@ def calibrate(
     Exit and skip are used together, so each gets half of the risk and half of the chance.
 
     Args:
-        groups: as the probe has read them; it was fitted to the first ``FIT_SHARE`` of them.
+        groups: as the probe has read them; it was fitted to the first part of :func:`fit_and_test`.
     """
     parts: list[Part] = []
     reasons = []
-    cut = int(len(groups) * FIT_SHARE)
-    fit, test = groups[:cut], groups[cut:]
+    fit, test = fit_and_test(groups)
     half = (risk / 2, delta / 2)
     try:
         exits = calibrate_exit(fit, test, probe, num_layers, *half)
@@ -218,7 +223,7 @@ def measure(args: argparse.Namespace, model: Path) -> tuple[list[Part], list[str
     if args.merge:
         return calibrate_merging(record(args, model, thoughts).kept, *found)
     kept, labels, num_layers = record(args, model, group)
-    probe = fit_probe(kept[: int(len(kept) * FIT_SHARE)], check_layers(num_layers))
+    probe = fit_probe(fit_and_test(kept)[0], check_layers(num_layers))
     return calibrate(probed(kept, probe), probe, labels, num_layers, *found)
 
 

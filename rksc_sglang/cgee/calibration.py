@@ -156,7 +156,6 @@ def calibrate_exit(
         TooLittleData: see :func:`fixed_sequence`.
     """
     scale, offset = fit_correction([judged for group in fit for judged in group])
-
     never = CalibratedRule(probe, scale, offset, NEVER, NEVER)
 
     def lead_of(doubt: float) -> float:

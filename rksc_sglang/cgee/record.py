@@ -66,16 +66,17 @@ class Recorder:
     def num_layers(self) -> int:
         """Of the model, as a server with RKSC says."""
         try:
-            answer = requests.get(f"{self.url}/rksc/status", timeout=600)
-            answer.raise_for_status()
-            return answer.json()["ranks"][0]["num_layers"]
-        except (requests.RequestException, ValueError, LookupError) as error:
+            return self._ask("GET", "/rksc/status")["ranks"][0]["num_layers"]
+        except LookupError as error:
             raise RecordError(f"{self.url}: {error!r}") from error
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
         """Raises RecordError where there is no answer, or no success."""
+        return self._ask("POST", route, body)
+
+    def _ask(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            answer = requests.post(self.url + route, json=body, timeout=600)
+            answer = requests.request(method, self.url + route, json=body, timeout=600)
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:

@@ -156,27 +156,23 @@ def verify(
 
     stopped = branches.stopped if isinstance(branches, BranchGroup) else set()
 
-    def ask(branch: int) -> LabelScores | str:
-        """Scores, or the reason to skip the branch."""
-        state = states[branch]
+    def hindrance(branch: int) -> str | None:
+        """The reason to skip the branch."""
         if branch in stopped:
             return "stopped"
-        error = settle(state)
+        error = settle(states[branch])
         if error is not None:
             return f"failed: {error}"
-        if var not in state:
-            return f"no variable {var!r}"
-        return score(state.stream_executor, asked_for)
+        return None if var in states[branch] else f"no variable {var!r}"
+
+    def ask(branch: int) -> LabelScores | str:
+        return hindrance(branch) or score(states[branch].stream_executor, asked_for)
 
     if think is None:
-        # Few passes of many questions take less than many passes of few.
-        failed = [settle(state) for state in states]
-        usable = [
-            state
-            for branch, state in enumerate(states)
-            if failed[branch] is None and branch not in stopped and var in state
-        ]
-        answers = {extract(state[var]) for state in usable}
+        for state in states:  # few passes of many questions take less than many passes of few
+            settle(state)
+        usable = [branch for branch in range(len(states)) if hindrance(branch) is None]
+        answers = {extract(states[branch][var]) for branch in usable}
         if len(usable) > 1 and len(answers) == 1 and answers != {None}:
             asked_for = replace(asked_for, unanimous=True)
     with ThreadPoolExecutor(len(states)) as pool:

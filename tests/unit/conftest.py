@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 
-#: Environment variable with the architecture of ``model_runner``, as transformers spells it.
-ARCHITECTURE = "RKSC_TEST_ARCHITECTURE"
-
 
 @pytest.fixture(scope="session")
 def sglang_runtime(tiny_model: Path) -> Any:
@@ -38,31 +35,20 @@ def model_runner(
 ) -> Iterator[Any]:
     """SGLang's model runner of a random model of six layers, on our CPU attention.
 
-    SGLang builds one in a process: for a single module. The environment may name another
-    architecture than Llama.
+    SGLang builds one in a process: for a single module. ``RKSC_TEST_ARCHITECTURE`` may
+    name another architecture than Llama, as transformers spells it.
     """
-    import torch
-    import transformers
     from sglang.benchmark.one_batch import load_model
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from rksc_sglang.attention_cpu import NAME, register_attention_cpu
+    from rksc_sglang.models.tiny import save_random_model
 
     path = tmp_path_factory.mktemp("models") / "six-layers"
-    torch.manual_seed(0)
-    name = os.environ.get(ARCHITECTURE, "Llama")
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=1000,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.3,
-    )
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(path)
+    architecture = os.environ.get("RKSC_TEST_ARCHITECTURE", "Llama")
+    sizes = {"vocab_size": 1000, "num_hidden_layers": 6, "initializer_range": 0.3}
+    save_random_model(path, architecture, **sizes)
     register_attention_cpu()
     args = ServerArgs(
         model_path=str(path),

@@ -24,8 +24,6 @@ from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
 
 LAYERS, VOCABULARY = 6, 1000
 CHECKS = (2, 3, 5)
-
-
 LABELS = (11, 12)
 
 
