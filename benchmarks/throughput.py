@@ -23,6 +23,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,6 +72,8 @@ OPEN_SHARE = 0.7
 #: A program has fewer generations at the same time.
 LENGTHS = 12
 SEARCHES = ("tree_of_thought", "beam_search")
+#: RKSC measures what a prefill costs when nothing else runs, and servers start at the same time.
+SETTLING_SECONDS = 10
 WARM_UP = Task("What is 3 + 4?", lambda answer: False, (4,))
 
 
@@ -319,6 +322,7 @@ def measure(
         }
         for process in processes.values():
             process.wait_ready()
+        time.sleep(SETTLING_SECONDS)
         servers = {name: Server(name, process) for name, process in processes.items()}
         progress.remove_task(bar)
         for name in args.part:

@@ -1,4 +1,4 @@
-"""Measures at start what a prefill costs on this server: a few prefills of its own, when idle."""
+"""Measures what a prefill costs on this server: a few prefills of its own, when it is idle."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from rksc_sglang.serving.internal import InternalState, ModelFacts, make_interna
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-#: Tokens of the prefills, each done twice: the first time also allocates and compiles.
+#: Tokens of the prefills, each done twice a round: the first time also allocates and compiles.
 SHORT, LONG = 16, 256
+#: Rounds, from the server's start on, and seconds between the first two; each pause is twice the
+#: one before. Other programs that start at the same time make a single round worthless.
+ROUNDS, PAUSE = 6, 1.0
 
 
 class CostProbe:
-    """Drives the prefills from the scheduler's idle hook, and fits the cost model.
+    """Drives the prefills from the scheduler's idle hook, round after round.
 
     Args:
         model: whose requests these are.
         longest: a prefill of more tokens does not fit the server.
         submit: puts a request of our own into the waiting queue.
-        done: called once, with a short and a long prefill, each as (tokens, seconds).
+        done: called after each round with a short and a long prefill, each as (tokens, seconds),
+            the fastest so far; not while the long one was not slower than the short one.
     """
 
     def __init__(
@@ -35,12 +39,22 @@ class CostProbe:
         self.model = model
         self.submit = submit
         self.done = done
-        long = min(LONG, longest)
-        self._left = [SHORT, SHORT, long, long] if long > SHORT else []
+        self._rounds = ROUNDS if longest > SHORT else 0
+        self._pause = PAUSE
+        self._next = 0.0
+        self._long = min(LONG, longest)
+        self._left: list[int] = []
         self._seconds: dict[int, float] = {}
         self._running: Req | None = None
         self._started = 0.0
         self._passes = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether :meth:`on_idle` has something to do."""
+        if self._running is not None or self._left:
+            return True
+        return self._rounds > 0 and time.perf_counter() >= self._next
 
     def on_idle(self, forward_passes: int) -> None:
         """Called while the server is idle.
@@ -56,17 +70,26 @@ class CostProbe:
                 self._left.pop(0)
             self._running = None
             if not self._left:
-                (short, s), (long, t) = sorted(self._seconds.items())
-                self.done((short, s), (long, t))
+                self._end_round()
+        elif not self._left:
+            self._rounds -= 1
+            self._left = [SHORT, SHORT, self._long, self._long]
         if self._left:
             self._run(self._left[0])
             self._passes = forward_passes
+
+    def _end_round(self) -> None:
+        self._next = time.perf_counter() + self._pause
+        self._pause *= 2
+        short, long = self._seconds[SHORT], self._seconds[self._long]
+        if long > short:
+            self.done((SHORT, short), (self._long, long))
 
     def _run(self, tokens: int) -> None:
         # Not one token again and again: attention to equal keys could be a special case.
         prompt = [(7 * i * i + 11 * i + 3) % self.model.vocab_size for i in range(tokens)]
         self._running = make_internal_req(
-            f"rksc-probe-{tokens}-{len(self._left)}",
+            f"rksc-probe-{self._rounds}-{len(self._left)}",
             prompt,
             InternalState("probe"),
             model=self.model,

@@ -210,8 +210,9 @@ class RkscScheduler(stock.Scheduler):
 
     def _watch_splices(self, splicer: Splicer) -> None:
         def fit_cost(short: tuple[int, float], long: tuple[int, float]) -> None:
-            splicer.cost = CostModel.fit(short, long, splicer.copy_seconds)
-            self.rksc_probe = None
+            earlier = splicer.cost.copy_seconds if splicer.cost is not None else float("inf")
+            copy = min(splicer.measure_copy(), earlier)
+            splicer.cost = CostModel.fit(short, long, copy)
 
         config, model = self.rksc_config, splicer.model
         limits = Limits(config.guard_max_disagreement, config.guard_max_kl)
@@ -332,7 +333,7 @@ class RkscScheduler(stock.Scheduler):
 
     def on_idle(self) -> None:
         if self.rksc_guard is not None and self.is_fully_idle():
-            if self.rksc_probe is not None:
+            if self.rksc_probe is not None and self.rksc_probe.is_due:
                 self.rksc_probe.on_idle(self.forward_ct)
             else:
                 self.rksc_guard.on_idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,17 +81,19 @@ def build_splicer(
         raise Unsupported(str(error)) from error
     model = ModelFacts(scheduler.model_config.vocab_size, scheduler.tokenizer)
     splicer = Splicer(cache, signatures, planner, limits, model, count)
-    splicer.copy_seconds = _measure_copy(cache, copy)
+    splicer.measure_copy = partial(_measure_copy, cache, copy)
     return splicer
 
 
 def _measure_copy(
     cache: SplicingRadixCache, copy: Callable[[torch.Tensor, torch.Tensor, int], None]
 ) -> float:
-    """Seconds to take over the KV of one token; the best of three, over free slots."""
+    """Seconds to take over the KV of one token; the best of three, over free slots if there are."""
     allocator = cache.token_to_kv_pool_allocator
     pages = min(_COPY_PROBE_TOKENS, allocator.available_size() // 2) // cache.page_size
     count = pages * cache.page_size
+    if not count:
+        return float("inf")
     source, target = allocator.alloc(count), allocator.alloc(count)
     best = float("inf")
     for _ in range(3):

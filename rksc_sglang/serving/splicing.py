@@ -118,7 +118,7 @@ class Splicer:
         self.model = model
         self.count = count
         self._windows: WeakKeyDictionary[Req, Windows] = WeakKeyDictionary()
-        self.copy_seconds = 0.0  # to take over the KV of one token
+        self.measure_copy: Callable[[], float] = lambda: 0.0  # seconds to take over one token's KV
         self.guard: Guard | None = None
         self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
         self.doubt: Doubt | None = None
@@ -328,7 +328,6 @@ class Splicer:
             "index_microseconds_per_token": cache.index_nanoseconds
             / 1000
             / max(cache.indexed_tokens, 1),
-            "copy_seconds_per_token": self.copy_seconds,
             "cost": asdict(self.cost) if self.cost is not None else None,
             "guard": self.guard.to_dict() if self.guard is not None else None,
         }

@@ -9,11 +9,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import nn
 
 from rksc_sglang.serving import guard as guard_module
+from rksc_sglang.serving import probe as probe_module
 from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import ModelFacts
-from rksc_sglang.serving.probe import LONG, SHORT, CostProbe
+from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
 from rksc_sglang.serving.splicing import SpliceState
 
 VOCABULARY = 50
@@ -134,21 +135,59 @@ def test_what_is_equal_never_ends_it(server):
     assert not monitor["tripped"]
 
 
-def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(make_req):
-    submitted, fitted = [], []
-    probe = CostProbe(MODEL, 4096, submitted.append, lambda *points: fitted.append(points))
-    passes = 10
-    probe.on_idle(passes)
-    passes += 2  # somebody else's request ran too: this one does not count
-    probe.on_idle(passes)
-    while not fitted:
-        passes += 1
-        probe.on_idle(passes)
-    assert [len(req.origin_input_ids) for req in submitted] == [SHORT, SHORT, SHORT, LONG, LONG]
-    ((short, _), (long, _)) = fitted[0]
-    assert (short, long) == (SHORT, LONG)
-    probe.on_idle(passes)
-    assert len(fitted) == 1
+class Probed:
+    """A server whose prefills take ``seconds(tokens)``, on a clock of its own."""
+
+    def __init__(self, monkeypatch):
+        self.clock, self.passes = 0.0, 0
+        self.submitted, self.fitted = [], []
+        self.seconds = lambda tokens: 0.1 + 0.001 * tokens
+        monkeypatch.setattr(probe_module.time, "perf_counter", lambda: self.clock)
+        self.probe = CostProbe(MODEL, 4096, self.submitted.append, self.on_fit)
+
+    def on_fit(self, short, long):
+        assert (short[0], long[0]) == (SHORT, LONG)
+        self.fitted.append((short[1], long[1]))
+
+    def idle(self, passes=1):
+        """An idle moment, and what it submits is done in ``passes``."""
+        if self.probe.is_due:
+            before = len(self.submitted)
+            self.probe.on_idle(self.passes)
+            for req in self.submitted[before:]:
+                self.clock += self.seconds(len(req.origin_input_ids))
+                self.passes += passes
+
+    def round(self):
+        for _ in range(5):
+            self.idle()
+
+
+@pytest.fixture
+def probed(make_req, monkeypatch):
+    return Probed(monkeypatch)
+
+
+def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(probed):
+    probed.idle(passes=2)  # somebody else's request ran too: this one does not count
+    probed.round()
+    assert [len(r.origin_input_ids) for r in probed.submitted] == [SHORT, SHORT, SHORT, LONG, LONG]
+    assert probed.fitted == [pytest.approx((0.116, 0.356))]
+
+
+def test_a_round_beside_others_work_is_corrected_by_later_ones(probed):
+    probed.seconds = lambda tokens: 1.0
+    probed.round()
+    assert not probed.fitted  # more tokens that take no longer are no measurement
+    probed.seconds = lambda tokens: 0.1 + 0.001 * tokens
+    probed.round()
+    assert not probed.fitted  # not yet: rounds are apart
+    for _ in range(ROUNDS):
+        probed.clock += PAUSE * 2**ROUNDS
+        probed.round()
+        probed.seconds = lambda tokens: 2.0  # nor do slow rounds change what a fast one found
+    assert probed.fitted == [pytest.approx((0.116, 0.356))] * (ROUNDS - 1)
+    assert not probed.probe.is_due
 
 
 def tied(by):
