@@ -26,7 +26,7 @@ class Windows:
         self._everywhere = frozenset(hashes)
         self._apart = hashes[::WINDOW]
 
-    def shares(self, other: Windows, length: int, start: int) -> bool:
+    def shares(self, other: Windows, length: float, start: int) -> bool:
         """Whether the other prompt holds about ``length`` tokens of this one.
 
         Args:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SHORT, LONG = 16, 256
 #: Rounds, from the server's start on, and seconds between the first two; each pause is twice the
 #: one before. Other programs that start at the same time make a single round worthless.
-ROUNDS, PAUSE = 6, 1.0
+ROUNDS, PAUSE = 5, 1.0
 
 
 class CostProbe:

@@ -183,7 +183,7 @@ class Splicer:
         stage = self._next_stage(runs, max(ready, state.skip_until), limit)
         if stage is not None:
             return self._stage(req, state, stage)
-        if not runs and not len(state.private) and self._donor_is_coming(req, leaders):
+        if not runs and not len(state.private) and self._donor_is_coming(req, state, leaders):
             return AddReqResult.CONTINUE
         self._admit(req, state, None)
         return None
@@ -348,14 +348,23 @@ class Splicer:
                 self.cache.free_private(state)
                 state.give_up("memory pressure")
 
-    def _donor_is_coming(self, req: Req, leaders: Iterable[Req]) -> bool:
-        """Whether a request that is being computed will be a donor for this one."""
-        length = self.planner.min_tokens + self.planner.head
+    def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
+        """Whether a request that is being computed will be a donor that is worth waiting for."""
+        length = self.planner.head + self._least(req, state)
         return any(
             namespace_of(leader) == namespace_of(req)
             and self._windows_of(req).shares(self._windows_of(leader), length, req.prefix_len)
             for leader in leaders
         )
+
+    def _least(self, req: Req, state: SpliceState) -> float:
+        """Tokens behind its head from which on a single run pays."""
+        risk = self.doubt.risk(req, state) if self.doubt is not None else 0.0
+        uncached = len(req.full_untruncated_fill_ids) - req.prefix_len
+        if self.cost is None:
+            return max(self.planner.min_tokens, risk * uncached)
+        least = self.cost.least(passes=1, seconds=risk * self.cost.prefill(uncached))
+        return max(self.planner.min_tokens, least)
 
     def _windows_of(self, req: Req) -> Windows:
         windows = self._windows.get(req)

@@ -122,3 +122,10 @@ def test_a_refused_run_is_left_when_too_little_of_it_remains():
     assert step.options[0][1] == 80
     assert planner.again(step, 32, 1) == 64
     assert planner.again(step, 64, 2) == 80
+
+
+def test_the_least_that_pays_saves_what_it_costs():
+    cost = CostModel(pass_seconds=0.1, token_seconds=0.002, copy_seconds=0.0005)
+    tokens = cost.least(passes=2, seconds=0.3)
+    assert cost.saved(tokens, passes=2) == pytest.approx(0.3)
+    assert CostModel(0.1, 0.001, 0.001).least(passes=1) == float("inf")

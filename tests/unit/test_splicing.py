@@ -314,6 +314,12 @@ def test_eight_at_once_wait_for_one_donor(scheduler):
     scheduler.check()
 
 
+def test_nobody_waits_for_a_donor_whose_run_would_not_pay(scheduler):
+    scheduler.splicer.cost = CostModel(pass_seconds=1.0, token_seconds=1e-3, copy_seconds=0.0)
+    reqs = [scheduler.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(4)]
+    assert scheduler.serve(*reqs) == 1
+
+
 def test_input_logprobs_over_the_run_are_computed(scheduler):
     scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
     second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
