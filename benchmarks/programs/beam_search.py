@@ -28,20 +28,20 @@ def solve(
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
         steps = grow(nodes, groups.fork, settings, is_last)
-        for step in steps:
-            branch = step.branch
-            branch += rksc.gen_verdict(
-                "right", ask_step(step.line), share=mechanisms.share, exit=mechanisms.exit
-            )
-        return [step.scored(step.node.score * _probability(step.branch, "right")) for step in steps]
+        verdict = rksc.verify(
+            [step.branch for step in steps],
+            "line",
+            question=lambda branch: ask_step(branch["line"]),
+            share=mechanisms.share,
+            exit=mechanisms.exit,
+        )
+        return [
+            step.scored(step.node.score * (score or 0.0))
+            for step, score in zip(steps, verdict.scores)
+        ]
 
     s += opening(question, settings.examples)
     return search(s, settings, depth, width, expand, groups.stop)
-
-
-def _probability(branch: Any, verdict: str) -> float:
-    """Of the first label, YES."""
-    return branch.get_meta_info(verdict)["probabilities"][0]
 
 
 @sgl.function

@@ -95,7 +95,7 @@ def verify(
     branches: ProgramStateGroup | Sequence[ProgramState],
     var: str,
     *,
-    question: str | None = None,
+    question: str | Callable[[ProgramState], str] | None = None,
     labels: Sequence[str] | None = None,
     system: str | None = None,
     share: str | None = None,
@@ -116,7 +116,8 @@ def verify(
     Args:
         branches: from ``rksc.fork``, or any states of programs on one SGLang server.
         var: the variable that holds the branch's answer; a branch that did not set it is skipped.
-        question: what to ask behind the branch's text; None asks whether the answer is correct.
+        question: what to ask behind the branch's text, or a function of the branch's state that
+            says so; None asks whether the answer is correct.
         labels: possible answers, the good one first, each one token of the model in that place;
             None stands for YES and NO, or Yes and No, or yes and no, whichever are.
         system: a system prompt for the verification, in the place of the branches' own.
@@ -139,7 +140,10 @@ def verify(
             the server has no gate for; a ``stop`` of states that ``rksc.fork`` has not made.
     """
     start = time.perf_counter()
-    asked_for = make_question(question, labels, system, share, exit, think)
+    if callable(question) and think is not None:
+        raise VerifyError("question: a verifier that thinks is asked think.question")
+    text = None if callable(question) else question
+    asked_for = make_question(text, labels, system, share, exit, think)
     states = list(branches.states if isinstance(branches, ProgramStateGroup) else branches)
     if not states:
         raise VerifyError("branches: expected at least one")
@@ -165,8 +169,14 @@ def verify(
             return f"failed: {error}"
         return None if var in states[branch] else f"no variable {var!r}"
 
+    def question_about(branch: int) -> Question:
+        if not callable(question):
+            return asked_for
+        return replace(asked_for, text=make_question(question(states[branch]), None).text)
+
     def ask(branch: int) -> LabelScores | str:
-        return hindrance(branch) or score(states[branch].stream_executor, asked_for)
+        reason = hindrance(branch)
+        return reason or score(states[branch].stream_executor, question_about(branch))
 
     if think is None:
         for state in states:  # few passes of many questions take less than many passes of few

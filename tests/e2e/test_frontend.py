@@ -118,6 +118,31 @@ def test_a_verdict_equals_the_models_own_probabilities(backend):
     )
 
 
+def test_each_branch_may_be_asked_a_question_of_its_own(backend):
+    labels = ("Yes", "No")
+
+    def ask(branch):
+        return f"Does {branch['x']!r} follow?"
+
+    @sgl.function
+    def program(s):
+        s += "The tide rises and "
+        branches = rksc.fork(s, 2, hints=["falls", "sings"])
+        branches += sgl.gen("x", max_tokens=2, ignore_eos=True, temperature=0)
+        verdict = rksc.verify(branches, "x", question=ask, labels=labels)
+        for branch in branches:
+            branch += rksc.gen_verdict("v", ask(branch), labels=labels)
+        alone = [branch.get_meta_info("v")["probabilities"][0] for branch in branches]
+        with pytest.raises(rksc.VerifyError, match="question: expected some text, got ' '"):
+            rksc.verify(branches, "x", question=lambda branch: " ", labels=labels)
+        branches.join()
+        return verdict.scores, alone
+
+    scores, alone = program.run(backend=backend).ret_value
+    assert scores == pytest.approx(alone, abs=1e-4)
+    assert scores[0] != pytest.approx(scores[1], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("labels", "named"),
     [
