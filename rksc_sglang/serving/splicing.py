@@ -216,14 +216,22 @@ class Splicer:
 
     def _pays(self, req: Req, state: SpliceState, runs: list[Run], ready: int, limit: int) -> bool:
         """Whether what could be taken over is worth that the answer may be discarded for it."""
-        risk = self.doubt.risk(req, state) if self.doubt is not None else 0.0
+        risk = self._risk(req, state)
         if not risk:
             return True  # each stage is weighed by itself
         tokens, pieces = self.planner.total(runs, ready, limit)
+        return tokens > self._least(req, risk, ready, pieces)
+
+    def _risk(self, req: Req, state: SpliceState) -> float:
+        """That the answer will be discarded."""
+        return self.doubt.risk(req, state) if self.doubt is not None else 0.0
+
+    def _least(self, req: Req, risk: float, ready: int, pieces: int) -> float:
+        """Tokens behind their heads from which on taking them over in so many pieces pays."""
         uncached = len(req.full_untruncated_fill_ids) - ready
         if self.cost is None:
-            return tokens > risk * uncached
-        return self.cost.saved(tokens, pieces) > risk * self.cost.prefill(uncached)
+            return risk * uncached
+        return self.cost.least(pieces, risk * self.cost.prefill(uncached))
 
     def _gate(
         self, req: Req, state: SpliceState, step: Take, ready: int
@@ -350,21 +358,13 @@ class Splicer:
 
     def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor that is worth waiting for."""
-        length = self.planner.head + self._least(req, state)
+        least = self._least(req, self._risk(req, state), req.prefix_len, pieces=1)
+        length = self.planner.head + max(self.planner.min_tokens, least)
         return any(
             namespace_of(leader) == namespace_of(req)
             and self._windows_of(req).shares(self._windows_of(leader), length, req.prefix_len)
             for leader in leaders
         )
-
-    def _least(self, req: Req, state: SpliceState) -> float:
-        """Tokens behind its head from which on a single run pays."""
-        risk = self.doubt.risk(req, state) if self.doubt is not None else 0.0
-        uncached = len(req.full_untruncated_fill_ids) - req.prefix_len
-        if self.cost is None:
-            return max(self.planner.min_tokens, risk * uncached)
-        least = self.cost.least(passes=1, seconds=risk * self.cost.prefill(uncached))
-        return max(self.planner.min_tokens, least)
 
     def _windows_of(self, req: Req) -> Windows:
         windows = self._windows.get(req)
