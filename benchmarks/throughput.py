@@ -110,7 +110,7 @@ class Sizes:
 
 FULL = Sizes(
     {
-        "speed": (Load(1, 1, 2), Load(4, 4, 3)),
+        "speed": (Load(1, 1, 3), Load(4, 4, 4)),
         "no_kv": (Load(1, 1, 2), Load(4, 4, 2)),
         "ablations": (Load(4, 4, 2),),
         "growth": (Load(2, 2, 3),),
