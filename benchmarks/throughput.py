@@ -7,13 +7,14 @@ attention backend. In a round each condition solves the same problems, from an e
 random order; a ratio is of problems a second in one round. Samples are independent: SGLang takes
 sampling seeds only with deterministic inference, which no CPU attention backend has.
 
-Parts, with the minutes that the full run is planned to take on 2 cores (3 GB of memory a server):
-speed (45), no_kv (45), ablations (45), growth (25: more branches, longer documents), open (40:
-problems arrive at 0.7 of what sglang_best can do), accuracy (SmolLM2 45; with --bare 1,008
-problems, an hour at 2,000 tokens a second) and paper (45). In all but accuracy every generation has
-a given length, drawn once a problem, and only samples that can no longer change the outcome end
-earlier. Run the parts one by one, with the same --json file: it keeps what the others measured.
---programs divides a part further; growth and paper have programs of their own.
+Parts, with the minutes that a full run takes on 2 cores (3 GB of memory a server): speed (40),
+no_kv (25), ablations (45), growth (25: more branches, longer documents), open (40: problems arrive
+at 0.7 of what sglang_best can do), accuracy (SmolLM2 45; with --bare 1,008 problems, two hours of
+the reasoner) and paper (27). In all but accuracy every generation has a given length, drawn once a
+problem, and only samples that can no longer change the outcome end earlier. Run the parts one by
+one, with the same --json file: it keeps what the others measured. Another --seed adds rounds to a
+part, on servers that were started anew. --programs divides a part further; growth and paper have
+programs of their own.
 """
 
 from __future__ import annotations

@@ -39,13 +39,13 @@ SECTIONS = (
     Section(
         "throughput",
         "Whole programs",
-        "Six reasoning programs on SmolLM2, one and four problems at a time, problems a second: mode "
-        "balanced against stock SGLang without a radix cache (`no_kv`), with the same program "
+        "Six reasoning programs on SmolLM2, one and four problems at a time, problems a second: "
+        "mode balanced against stock SGLang without a radix cache (`no_kv`), with the same program "
         "(`sglang`), and with its best flags and the best form of the program that it allows "
-        "(`sglang_best`). All generate the same number of tokens. `paper` is the paper's setting: 8 "
-        "branches, 1,024 tokens that they share, 8 or 32 new ones, batched verdicts; the paper had "
-        "3.01, 1.81 and 1.66 there. Single rounds of two equal servers differed by up to 23 % on this "
-        "machine, medians of ten by 3 %: a program's ratio close to 1 says little.",
+        "(`sglang_best`). All generate the same number of tokens. `paper` is the paper's setting: "
+        "8 branches, 1,024 tokens that they share, 8 or 32 new ones, batched verdicts; the paper "
+        "had 3.01, 1.81 and 1.66 there. Single rounds of two equal servers differed by up to 23 % "
+        "on this machine, medians of ten by 3 %: a program's ratio close to 1 says little.",
         {
             "speedup_vs_no_kv": "at least 3",
             "speedup_vs_sglang": "at least 1.66",
