@@ -214,7 +214,7 @@ def figure(value: Any) -> str:
         return number(value)
     if "low" not in value:
         return ", ".join(f"{name} {figure(one)}" for name, one in value.items())
-    center = next(value[name] for name in ("ratio", "value", "mean") if name in value)
+    center = value.get("ratio", value.get("value"))
     of = f" (`{value['policy']}`)" if "policy" in value else ""
     return f"{number(center)} [{number(value['low'])}, {number(value['high'])}]{of}"
 
