@@ -174,11 +174,11 @@ def _pieces(source: Tensor, target: Tensor) -> list[_Piece]:
             )
     for rows in rest.nonzero().flatten().split(STEP_MAX):
         if len(rows):
-            pieces.append(_Piece(len(rows), rows, _as_slots(source[rows]), _as_slots(target[rows])))
+            pieces.append(_Piece(len(rows), rows, as_slots(source[rows]), as_slots(target[rows])))
     return pieces
 
 
-def _as_slots(slots: Tensor) -> slice | Tensor:
+def as_slots(slots: Tensor) -> slice | Tensor:
     """A slice where the slots are consecutive."""
     first = int(slots[0])
     return slice(first, first + len(slots)) if bool((slots.diff() == 1).all()) else slots

@@ -12,6 +12,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from rksc_sglang.asks.content_index import ContentIndex
+from rksc_sglang.asks.context_shift import COMPARED, ContextShift
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import ProfileError, thresholds
 from rksc_sglang.asks.rope import UnsupportedRope, find_rope
@@ -21,7 +22,7 @@ from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
 from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.splicing import Splicer
-from rksc_sglang.serving.splicing_cache import SplicingRadixCache
+from rksc_sglang.serving.splicing_cache import Copy, SplicingRadixCache
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -63,13 +64,21 @@ def build_splicer(
     except (UnsupportedRope, UnsupportedModel) as error:
         raise Unsupported(str(error)) from error
     frequencies = rope.inverse_frequencies.to(pool.device)
+    shift = ContextShift(rope, pool.device)
 
-    def copy(source: torch.Tensor, target: torch.Tensor, delta: int) -> None:
+    def copy(
+        source: torch.Tensor,
+        target: torch.Tensor,
+        delta: int,
+        head: torch.Tensor,
+        donor_head: torch.Tensor,
+    ) -> None:
         if scheduler.enable_overlap and source.is_cuda:
             # The forward pass that wrote the donor may still be under way.
             torch.cuda.current_stream().wait_stream(scheduler.forward_stream)
         rotation = rotation_for(frequencies, delta, rope.neox)
         rotate_copy(pool.k_buffer, pool.v_buffer, source, target, rotation)
+        shift.add(pool.k_buffer, pool.v_buffer, head, donor_head, target, delta)
 
     cache.enable_splicing(ContentIndex(pool.k_buffer[0].shape[0]), copy)
     planner = Planner(
@@ -85,9 +94,7 @@ def build_splicer(
     return splicer
 
 
-def _measure_copy(
-    cache: SplicingRadixCache, copy: Callable[[torch.Tensor, torch.Tensor, int], None]
-) -> float:
+def _measure_copy(cache: SplicingRadixCache, copy: Copy) -> float:
     """Seconds to take over the KV of one token; the best of three, over free slots if there are."""
     allocator = cache.token_to_kv_pool_allocator
     pages = min(_COPY_PROBE_TOKENS, allocator.available_size() // 2) // cache.page_size
@@ -98,7 +105,7 @@ def _measure_copy(
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        copy(source, target, 1)
+        copy(source, target, 1, source[:COMPARED], source[:COMPARED])
         if source.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)

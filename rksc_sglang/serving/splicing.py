@@ -171,10 +171,10 @@ class Splicer:
         runs = self._find(req, state, tokens[:limit], ready)
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
-            chosen = self._gate(req, state, step, ready)
-            if chosen is not None:
+            load = self._gate(req, state, step, ready)
+            if load is not None:
                 state.refusals = 0
-                return self._take(req, state, chosen, ready, runs, limit)
+                return self._take(req, state, load, runs, limit)
             self.count("gate_refusals")
             state.refusals += 1
             state.skip_until = self.planner.again(step, ready, state.refusals)
@@ -233,40 +233,31 @@ class Splicer:
             return risk * uncached
         return self.cost.least(pieces, risk * self.cost.prefill(uncached))
 
-    def _gate(
-        self, req: Req, state: SpliceState, step: Take, ready: int
-    ) -> tuple[Run, int, float | None] | None:
+    def _gate(self, req: Req, state: SpliceState, step: Take, ready: int) -> Load | None:
         """The option whose donor's context is the most similar, None if none is enough."""
         # The whole head is compared: single tokens differ in how much their context shows.
-        head = self.planner.head
-        here = state.private[-head:].tolist()
-        if len(here) < head:
+        length = self.planner.head
+        head = state.private[-length:]
+        if len(head) < length:
             exact = self.cache.path_device_indices(req.last_node)
-            here = exact[ready - head : req.prefix_len].tolist() + here
+            head = torch.cat([exact[ready - length : req.prefix_len], head.to(exact.device)])
         ends = [ready - run.start for run, _ in step.options]
-        donors = [run.slots[e - head : e].tolist() for (run, _), e in zip(step.options, ends)]
-        scored = [
-            (run, stop, similarity)
-            for (run, stop), similarity in zip(
-                step.options, self.signatures.similarity(here, donors)
-            )
+        donors = [run.slots[e - length : e].tolist() for (run, _), e in zip(step.options, ends)]
+        similarities = self.signatures.similarity(head.tolist(), donors)
+        loads = [
+            Load(state, run, end, stop - run.start, head, similarity)
+            for (run, stop), end, similarity in zip(step.options, ends, similarities)
             if state.tau <= 0 or (similarity is not None and similarity >= state.tau)
         ]
-        return max(scored, key=lambda option: option[2] or 0.0, default=None)
+        return max(loads, key=lambda load: load.similarity or 0.0, default=None)
 
     def _take(
-        self,
-        req: Req,
-        state: SpliceState,
-        chosen: tuple[Run, int, float | None],
-        ready: int,
-        runs: list[Run],
-        limit: int,
+        self, req: Req, state: SpliceState, load: Load, runs: list[Run], limit: int
     ) -> Req | AddReqResult | None:
-        run, stop, similarity = chosen
-        load = Load(state, run, ready - run.start, stop - run.start, similarity)
+        assert load.run is not None
         # At least a page is computed in between: its last token is where the next gate looks.
-        stage = self._next_stage(runs, stop + self.planner.page_size, limit)
+        after = load.run.start + load.stop + self.planner.page_size
+        stage = self._next_stage(runs, after, limit)
         if stage is not None:
             return self._stage(req, state, stage, load)
         self._admit(req, state, load)

@@ -1,7 +1,7 @@
 """SGLang's radix cache with slots of a request's own behind its exact prefix.
 
 A *load* fills fresh slots with KV that was computed behind another context: copied, keys rotated to
-their new positions. SGLang's load-back protocol carries it (``init_load_back``: the cache gives a
+their new positions, shifted by what the context makes of all tokens alike. SGLang's load-back protocol carries it (``init_load_back``: the cache gives a
 request more prefix at admission). The slots are the request's, are freed with it, and never enter
 the tree. An index of what the tree holds is kept in step with it.
 """
@@ -12,7 +12,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,12 +39,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Copy(Protocol):
+    """Fills ``target`` slots with the KV at ``source``, its keys moved by ``delta`` positions.
+
+    ``head`` and ``donor_head`` are the slots of the tokens before it, in both contexts.
+    """
+
+    def __call__(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        delta: int,
+        head: torch.Tensor,
+        donor_head: torch.Tensor,
+    ) -> None: ...
+
+
 class Load(NamedTuple):
     """What a request gets behind its exact prefix, in this order.
 
     Attributes:
         state: of the request that it is for; holds the private slots, which come first.
         run: where KV is copied from, and from which of the run's tokens to which; None for none.
+        head: [n] int64 slots, behind the request's context, of the run's tokens before ``first``.
         similarity: of the request's context and the run's.
     """
 
@@ -52,6 +69,7 @@ class Load(NamedTuple):
     run: Run | None = None
     first: int = 0
     stop: int = 0
+    head: torch.Tensor | None = None
     similarity: float | None = None
 
     @property
@@ -72,21 +90,15 @@ class SplicingRadixCache(RkscRadixCache):
         self.index: ContentIndex | None = None
         self.loads: dict[str, Load] = {}
         self.active: dict[str, SpliceState] = {}
-        self._copy: Callable[[torch.Tensor, torch.Tensor, int], None] | None = None
+        self._copy: Copy | None = None
         self._appended: dict[str, torch.Tensor] = {}
         self.index_nanoseconds = 0
         self.indexed_tokens = 0
         self.index_version = 0  # changes whenever a search may find something else
         super().__init__(params, observed=True)
 
-    def enable_splicing(
-        self, index: ContentIndex, copy: Callable[[torch.Tensor, torch.Tensor, int], None]
-    ) -> None:
-        """Begin to index what is inserted, and allow loads.
-
-        Args:
-            copy: called with source slots, target slots, and by how many positions keys move.
-        """
+    def enable_splicing(self, index: ContentIndex, copy: Copy) -> None:
+        """Begin to index what is inserted, and allow loads."""
         self.index = index
         self._copy = copy
         self.tree_core.on_device_free = self._unindex
@@ -195,16 +207,18 @@ class SplicingRadixCache(RkscRadixCache):
         return self.lock(match.last_device_node), torch.from_numpy(run.slots)
 
     def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
-        assert load.run is not None
+        assert load.run is not None and load.head is not None
         assert self._copy is not None
         count = load.stop - load.first
         evict_from_tree_cache(self, count)
         target = self.token_to_kv_pool_allocator.alloc(count)
         if target is None:
             return None
-        source = donor[load.first : load.stop].to(target.device)
+        donor = donor.to(target.device)
+        source, delta = donor[load.first : load.stop], load.run.start - load.run.donor_start
+        donor_head = donor[load.first - len(load.head) : load.first]
         try:
-            self._copy(source, target, load.run.start - load.run.donor_start)
+            self._copy(source, target, delta, load.head.to(target.device), donor_head)
         except BaseException:
             self.token_to_kv_pool_allocator.free(target)
             raise

@@ -63,13 +63,21 @@ class Scheduler:
     def fail(self, where):
         pytest.fail(f"an error inside RKSC was swallowed: {where}")
 
-    def copy(self, source, target, delta):
+    def copy(self, source, target, delta, head, donor_head):
         assert not set(source.tolist()) & set(target.tolist())
+        self._check_heads(head.tolist(), donor_head.tolist(), source[0].item())
         for slot in target.tolist():
             self.kv[slot] = TAINTED
         for slot in source.tolist():
             assert self.kv[slot] != TAINTED, "a donor is not exact"
         self.copied.append((source.tolist(), target.tolist(), delta))
+
+    def _check_heads(self, head, donor_head, first):
+        """The head is the same tokens, right before those that are copied, in both contexts."""
+        assert len(head) == len(donor_head) == self.splicer.planner.head
+        assert self.kv[donor_head[-1]] == self.kv[first][:-1]
+        for own, donors in zip(head, donor_head):
+            assert self.kv[own] == TAINTED or self.kv[own][-1] == self.kv[donors][-1]
 
     def send(self, rid, tokens, tau=0.5, tenant=None, max_new_tokens=2):
         req = self.make_req(rid, tokens, extra_key=tenant)
