@@ -180,7 +180,7 @@ class Splicer:
             state.skip_until = self.planner.again(step, ready, state.refusals)
             if state.skip_until >= step.options[0][1]:
                 state.refusals = 0
-        stage = self._next_stage(runs, max(ready, state.skip_until), limit)
+        stage = self._next_stage(state, runs, max(ready, state.skip_until), limit)
         if stage is not None:
             return self._stage(req, state, stage)
         if not runs and not len(state.private) and self._donor_is_coming(req, state, leaders):
@@ -188,13 +188,17 @@ class Splicer:
         self._admit(req, state, None)
         return None
 
-    def _next_stage(self, runs: list[Run], ready: int, limit: int) -> int | None:
+    def _next_stage(
+        self, state: SpliceState, runs: list[Run], ready: int, limit: int
+    ) -> int | None:
         """Where a stage that starts behind ``ready`` must end for the next run that pays."""
+        # Who asks for splices of any similarity wants to see them, whatever they cost.
+        cost = self.cost if state.tau > 0 else None
         while True:
             step = self.planner.next_stretch(runs, ready, limit)
             if step is None:
                 return None
-            if self.cost is None or self.cost.saved(step.gain, passes=1) > 0:
+            if cost is None or cost.saved(step.gain, passes=1) > 0:
                 return step.stop
             ready = step.stop + step.gain
 
@@ -257,7 +261,7 @@ class Splicer:
         assert load.run is not None
         # At least a page is computed in between: its last token is where the next gate looks.
         after = load.run.start + load.stop + self.planner.page_size
-        stage = self._next_stage(runs, after, limit)
+        stage = self._next_stage(state, runs, after, limit)
         if stage is not None:
             return self._stage(req, state, stage, load)
         self._admit(req, state, load)
