@@ -1,9 +1,10 @@
 """SGLang's radix cache with slots of a request's own behind its exact prefix.
 
 A *load* fills fresh slots with KV that was computed behind another context: copied, keys rotated to
-their new positions, shifted by what the context makes of all tokens alike. SGLang's load-back protocol carries it (``init_load_back``: the cache gives a
-request more prefix at admission). The slots are the request's, are freed with it, and never enter
-the tree. An index of what the tree holds is kept in step with it.
+their new positions, shifted by what the context makes of all tokens alike. SGLang's load-back
+protocol carries it (``init_load_back``: the cache gives a request more prefix at admission). The
+slots are the request's, are freed with it, and never enter the tree. An index of what the tree
+holds is kept in step with it.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ class SplicingRadixCache(RkscRadixCache):
         return self.lock(match.last_device_node), torch.from_numpy(run.slots)
 
     def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
-        assert load.run is not None and load.head is not None
+        assert load.run is not None
+        assert load.head is not None
         assert self._copy is not None
         count = load.stop - load.first
         evict_from_tree_cache(self, count)

@@ -76,7 +76,7 @@ def test_every_layout_of_keys(neox, rotary, device):
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
-@pytest.mark.parametrize("head, run", [(1, 40), (COMPARED, REACH), (40, 1), (16, 2 * REACH)])
+@pytest.mark.parametrize(("head", "run"), [(1, 40), (COMPARED, REACH), (40, 1), (16, 2 * REACH)])
 def test_runs_and_heads_of_any_length(head, run, shuffled):
     Spliced(head=head, run=run, shuffled=shuffled).check()
 
@@ -86,7 +86,7 @@ def test_any_distance(delta):
     Spliced(delta=delta).check()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_caches_of_half_precision(dtype, tolerance):
     Spliced().check(dtype, tolerance=tolerance)
 
@@ -97,9 +97,7 @@ def test_a_context_that_changes_nothing_shifts_nothing():
     case.values[:, case.head] = case.values[:, case.donor_head]
     caches = [list(each.float()) for each in (case.keys, case.values)]
     before = [[layer.clone() for layer in cache] for cache in caches]
-    ContextShift(case.rope, "cpu").add(
-        *caches, case.head, case.donor_head, case.target, case.delta
-    )
+    ContextShift(case.rope, "cpu").add(*caches, case.head, case.donor_head, case.target, case.delta)
     for cache, old in zip(caches, before):
         assert all(map(torch.equal, cache, old))
 
@@ -111,8 +109,9 @@ def test_what_all_tokens_have_in_common_is_found():
     positions = case.start + torch.arange(-len(case.head), 0)
     key, value = (torch.randn(1, HEADS, d, generator=generator).double() for d in (DIM, V_DIM))
     at = torch.tensor([case.start])
-    right = case.keys[:, case.target] + rotated(key, at, case.rope), (
-        case.values[:, case.target] + value
+    right = (
+        case.keys[:, case.target] + rotated(key, at, case.rope),
+        (case.values[:, case.target] + value),
     )
     moved = torch.full((len(case.head),), case.delta)
     for layer in range(LAYERS):
@@ -122,8 +121,6 @@ def test_what_all_tokens_have_in_common_is_found():
         )
         case.values[layer, case.head] = case.values[layer, case.donor_head] + value
     caches = [list(each.float()) for each in (case.keys, case.values)]
-    ContextShift(case.rope, "cpu").add(
-        *caches, case.head, case.donor_head, case.target, case.delta
-    )
+    ContextShift(case.rope, "cpu").add(*caches, case.head, case.donor_head, case.target, case.delta)
     for cache, wanted in zip(caches, right):
         assert torch.allclose(torch.stack(cache)[:, case.target].double(), wanted, atol=1e-5)

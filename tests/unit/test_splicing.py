@@ -344,6 +344,14 @@ def test_a_splice_that_does_not_pay_is_left(scheduler):
     assert second.rksc.splice.spliced_tokens == 0
 
 
+def test_who_takes_every_splice_gets_it_whatever_it_costs(scheduler):
+    scheduler.splicer.cost = CostModel(pass_seconds=1.0, token_seconds=1e-3, copy_seconds=0.0)
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
+    second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9], tau=0)
+    scheduler.serve(second)
+    assert second.rksc.splice.spliced_tokens > 0
+
+
 @pytest.mark.parametrize(("risk", "spliced"), [(0.2, True), (0.9, False)])
 @pytest.mark.parametrize("cost", [None, CostModel(1e-6, 1e-3, 0.0)])
 def test_a_splice_must_be_worth_the_risk_that_its_answer_is_discarded(
