@@ -98,10 +98,10 @@ class RkscConfig:
         type_=str,
     )
     splice_head: int = _setting(
-        16, "tokens recomputed at the head of each run of text that is spliced", least=1
+        8, "tokens recomputed at the head of each run of text that is spliced", least=1
     )
     splice_tail: int = _setting(
-        32, "tokens at the end of a prompt that are always recomputed", least=1
+        16, "tokens at the end of a prompt that are always recomputed", least=1
     )
     splice_min_tokens: int = _setting(
         32, "shortest run, in tokens behind its head, that is spliced", least=1

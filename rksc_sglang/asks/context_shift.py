@@ -16,8 +16,8 @@ from torch import Tensor
 from rksc_sglang.asks.rope import Rope
 from rksc_sglang.kernels.rotate_copy import as_slots
 
-#: Of the head, the last so many tokens are compared: what is at its beginning is special.
-COMPARED = 8
+#: Of the head, the last so many tokens are compared: its first ones are next to what differs.
+COMPARED = 4
 #: Tokens behind the head at which the shift has fallen by e.
 FALL = 64
 #: Tokens that are shifted: what is left of it further on is below 2 %.
