@@ -1,9 +1,9 @@
 """What a new context does to all tokens of a run alike, added to KV copied from another context.
 
 The head of a run is computed behind the new context, and its donor's KV is there too. Their mean
-difference, keys taken without their rotation, is what both contexts make of any token; it is added
-to the tokens behind the head, less and less the further they are, as a run becomes its own context.
-What is common to many tokens is what attention does not average away. Measured in docs/sharing.md.
+difference, keys taken without their rotation, estimates what the contexts make of any token. Half of
+it is added to the tokens behind the head, less and less the further they are, as a run becomes its
+own context. What is common to many tokens is what attention does not average away. Measured in docs/sharing.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rksc_sglang.kernels.rotate_copy import as_slots
 
 #: Of the head, the last so many tokens are compared: its first ones are next to what differs.
 COMPARED = 4
+#: Of their difference, what is added right behind the head: the estimate is a noisy one.
+SHARE = 0.5
 #: Tokens behind the head at which the shift has fallen by e.
 FALL = 64
 #: Tokens that are shifted: what is left of it further on is below 2 %.
@@ -36,7 +38,7 @@ class ContextShift:
         self._rope = rope
         self._frequencies = rope.inverse_frequencies.to(device)
         steps = torch.arange(REACH, device=device)
-        self._weights = torch.exp(-steps / FALL)  # float32, [REACH]
+        self._weights = SHARE * torch.exp(-steps / FALL)  # float32, [REACH]
         # Keys at the first token's position become keys at each token's.
         self._turns = self._turn(steps)  # complex64, [REACH, 1, rotary_dim / 2]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rksc_sglang.asks.context_shift import COMPARED, FALL, REACH, ContextShift
+from rksc_sglang.asks.context_shift import COMPARED, FALL, REACH, SHARE, ContextShift
 from rksc_sglang.asks.rope import Rope
 
 LAYERS, HEADS, DIM, V_DIM = 2, 3, 16, 24
@@ -45,7 +45,7 @@ class Spliced:
         head, donors = self.head[-COMPARED:], self.donor_head[-COMPARED:]
         positions = self.start + torch.arange(-len(head), 0)
         target = self.target[:REACH]
-        weights = torch.exp(-torch.arange(len(target)) / FALL)[:, None, None]
+        weights = SHARE * torch.exp(-torch.arange(len(target)) / FALL)[:, None, None]
         for layer in range(LAYERS):
             ours = rotated(keys[layer, head], -positions, self.rope)
             theirs = rotated(keys[layer, donors], self.delta - positions, self.rope)
@@ -103,22 +103,21 @@ def test_a_context_that_changes_nothing_shifts_nothing():
 
 
 def test_what_all_tokens_have_in_common_is_found():
-    """A context that adds one vector to every key and value is undone at the first token."""
+    """Of one vector that the new context adds to every key and value, the share that is added."""
     case = Spliced(run=1)
     generator = torch.Generator().manual_seed(1)
     positions = case.start + torch.arange(-len(case.head), 0)
     key, value = (torch.randn(1, HEADS, d, generator=generator).double() for d in (DIM, V_DIM))
-    at = torch.tensor([case.start])
+    at_first = rotated(key, torch.tensor([case.start]), case.rope)
     right = (
-        case.keys[:, case.target] + rotated(key, at, case.rope),
-        (case.values[:, case.target] + value),
+        case.keys[:, case.target] + SHARE * at_first,
+        case.values[:, case.target] + SHARE * value,
     )
     moved = torch.full((len(case.head),), case.delta)
     for layer in range(LAYERS):
         own = rotated(case.keys[layer, case.donor_head], moved, case.rope)
-        case.keys[layer, case.head] = own + rotated(
-            key.expand(len(own), -1, -1), positions, case.rope
-        )
+        added = rotated(key.expand(len(own), -1, -1), positions, case.rope)
+        case.keys[layer, case.head] = own + added
         case.values[layer, case.head] = case.values[layer, case.donor_head] + value
     caches = [list(each.float()) for each in (case.keys, case.values)]
     ContextShift(case.rope, "cpu").add(*caches, case.head, case.donor_head, case.target, case.delta)
