@@ -1,9 +1,10 @@
 """What a new context does to all tokens of a run alike, added to KV copied from another context.
 
 The head of a run is computed behind the new context, and its donor's KV is there too. Their mean
-difference, keys taken without their rotation, estimates what the contexts make of any token. Half of
-it is added to the tokens behind the head, less and less the further they are, as a run becomes its
-own context. What is common to many tokens is what attention does not average away. Measured in docs/sharing.md.
+difference, keys taken without their rotation, estimates what the contexts make of any token. Half
+of it is added to the tokens behind the head, less and less the further they are, as a run becomes
+its own context. What is common to many tokens is what attention does not average away. Measured in
+docs/sharing.md.
 """
 
 from __future__ import annotations
