@@ -19,7 +19,7 @@ PAPER_TAU = 0.80
 #: Without a profile: where SmolLM2's splices begin to be good, and the paper's value is below.
 DEFAULT_TAU = 0.95
 #: Without a profile, nats: what 19 of 20 splices of SmolLM2 move a lead by, or less.
-DEFAULT_MARGIN = 0.2
+DEFAULT_MARGIN = 0.25
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
