@@ -63,9 +63,9 @@ SECTIONS = (
     Section(
         "throughput_accuracy",
         "Accuracy of whole programs",
-        "Best-of-N on 1,008 problems of the reasoner, mode balanced with all that is calibrated "
-        "for it against SGLang at its best: points of accuracy gained. The other programs are not "
-        "measured.",
+        "Best-of-N and self-consistency on 1,008 problems of the reasoner, mode balanced with all "
+        "that is calibrated for it against SGLang at its best: points of accuracy gained. The "
+        "other programs are not measured.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
     ),
     Section(
