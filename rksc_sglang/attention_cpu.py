@@ -7,6 +7,7 @@ all layers to :mod:`rksc_sglang.kernels.prefix_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,9 @@ def register_attention_cpu() -> None:
 class RkscCpuAttnBackend(AttentionBackend):
     """Attention of one model runner on the CPU.
 
+    Attributes:
+        on_kv_written: called with a layer's number between its new tokens' KV and its attention.
+
     Raises:
         NotImplementedError: the model is an encoder-decoder.
     """
@@ -59,6 +63,7 @@ class RkscCpuAttnBackend(AttentionBackend):
         )
         self.swa_out_cache_loc: torch.Tensor | None = None
         self.scratch: dict[tuple, torch.Tensor] = {}
+        self.on_kv_written: Callable[[int], None] | None = None
         self.requests: list[torch.Tensor] = []
         self.new: list[int] = []
         # One per kind of layer: (reads the sliding-window pool, window, causal).
@@ -96,6 +101,8 @@ class RkscCpuAttnBackend(AttentionBackend):
         if save_kv_cache and k is not None and v is not None:
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+            if self.on_kv_written is not None:
+                self.on_kv_written(layer.layer_id)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = prefix_attention(
             q,

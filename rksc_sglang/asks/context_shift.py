@@ -10,6 +10,7 @@ docs/sharing.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,24 @@ FALL = 64
 REACH = 4 * FALL
 
 
+class Spliced(NamedTuple):
+    """A run that was copied behind a new context.
+
+    Attributes:
+        head: [m] int64 slots of the tokens right in front of the run, as computed.
+        donor_head: [m] int64 slots of the same tokens behind the donor's context.
+        target: [n] int64 slots of the run in order, distinct.
+        delta: positions by which keys moved, new minus old.
+    """
+
+    head: Tensor
+    donor_head: Tensor
+    target: Tensor
+    delta: int
+
+
 class ContextShift:
-    """The shift for one model's KV pool.
+    """What is known of the shifts in one model's KV pool beforehand.
 
     Args:
         rope: how the model rotates keys.
@@ -43,58 +60,80 @@ class ContextShift:
         # Keys at the first token's position become keys at each token's.
         self._turns = self._turn(steps)  # complex64, [REACH, 1, rotary_dim / 2]
 
-    def add(
-        self,
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
-        head: Tensor,
-        donor_head: Tensor,
-        target: Tensor,
-        delta: int,
-    ) -> None:
-        """Shift a run that was copied to ``target``.
-
-        Args:
-            k_caches: per layer [num_slots, kv_heads, head_dim]. Changed in place.
-            v_caches: per layer [num_slots, kv_heads, v_head_dim]. Changed in place.
-            head: [m] int64 slots of the tokens right in front of the run, as computed.
-            donor_head: [m] int64 slots of the same tokens behind the donor's context.
-            target: [n] int64 slots of the run in order, distinct.
-            delta: positions by which keys moved, new minus old.
-        """
-        head, donor_head, target = head[-COMPARED:], donor_head[-COMPARED:], target[:REACH]
-        slots = torch.cat([head, donor_head])
-        where = target if target.is_cuda else as_slots(target)
-        weights = self._weights[: len(target), None, None]
-        keys = torch.stack([cache[slots] for cache in k_caches]).float()
-        # From their positions to the run's first, and from there to each token's.
-        ahead = torch.arange(len(head), 0, -1, device=slots.device)
-        keys = self._rotated(keys, self._turn(torch.cat([ahead, ahead + delta])))
-        shifts = _mean_difference(keys).expand(-1, len(target), -1, -1)
-        shifts = self._rotated(shifts, self._turns[: len(target)]).mul_(weights)
-        for cache, shift in zip(k_caches, shifts):
-            cache[where] += shift.to(cache.dtype)
-        values = torch.stack([cache[slots] for cache in v_caches]).float()
-        for cache, shift in zip(v_caches, _mean_difference(values)):
-            cache[where] += (weights * shift).to(cache.dtype)
+    def of(self, runs: Sequence[Spliced]) -> Shifts:
+        """The shifts of some runs, all of whose heads are of one length."""
+        heads, turns, lengths = [], [], []
+        for run in runs:
+            slots = [run.head[-COMPARED:], run.donor_head[-COMPARED:]]
+            # From their positions to the run's first.
+            ahead = torch.arange(len(slots[0]), 0, -1, device=slots[0].device)
+            heads += slots
+            turns += [ahead, ahead + run.delta]
+            lengths.append(min(len(run.target), REACH))
+        target = torch.cat([run.target[:REACH] for run in runs])
+        return Shifts(
+            self._rope,
+            torch.stack(heads),
+            self._turn(torch.cat(turns)),
+            target if target.is_cuda else as_slots(target),
+            lengths,
+            torch.cat([self._turns[:length] for length in lengths]),
+            torch.cat([self._weights[:length] for length in lengths])[:, None, None],
+        )
 
     def _turn(self, positions: Tensor) -> Tensor:
         angles = positions[:, None, None] * self._frequencies
         return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
+
+class Shifts(NamedTuple):
+    """The shifts of some runs, for any layers. Made by :meth:`ContextShift.of`."""
+
+    rope: Rope
+    heads: Tensor  # int64 [2 runs, m] slots: a run's head, its donor's, the next run's, ...
+    head_turns: Tensor  # complex64 [2 runs * m, 1, rotary_dim / 2]: to the run's first position
+    target: slice | Tensor  # slots of all that is shifted
+    lengths: list[int]  # how many of them each run has
+    turns: Tensor  # complex64 [sum of lengths, 1, rotary_dim / 2]: from the run's first position
+    weights: Tensor  # float32 [sum of lengths, 1, 1]
+
+    def add(self, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]) -> None:
+        """Shift the runs in some layers.
+
+        Args:
+            k_caches: per layer [num_slots, kv_heads, head_dim]. Changed in place.
+            v_caches: per layer [num_slots, kv_heads, v_head_dim]. Changed in place.
+        """
+        shifts = self._each(self._rotated(self._rows(k_caches), self.head_turns))
+        shifts = self._rotated(shifts, self.turns).mul_(self.weights)
+        for cache, shift in zip(k_caches, shifts):
+            cache[self.target] += shift.to(cache.dtype)
+        for cache, shift in zip(v_caches, self._each(self._rows(v_caches))):
+            cache[self.target] += (self.weights * shift).to(cache.dtype)
+
+    def _rows(self, caches: Sequence[Tensor]) -> Tensor:
+        """Float32 [layers, 2 runs * m, heads, dim]: what is in the slots of the heads."""
+        return torch.stack([cache[self.heads.flatten()] for cache in caches]).float()
+
+    def _each(self, rows: Tensor) -> Tensor:
+        """The mean difference of the two heads of a run, once for each of its tokens."""
+        ours, donors = rows.unflatten(1, (-1, 2, self.heads.shape[1])).unbind(2)
+        common = (ours - donors).mean(2)
+        return torch.cat(
+            [
+                each[:, None].expand(-1, length, -1, -1)
+                for each, length in zip(common.unbind(1), self.lengths)
+            ],
+            dim=1,
+        )
+
     def _rotated(self, keys: Tensor, turns: Tensor) -> Tensor:
         """Float32 keys [..., n, heads, dim] turned by [n, 1, rotary_dim / 2]."""
-        rotary = self._rope.rotary_dim
-        pairs = keys[..., :rotary].unflatten(-1, (2, -1) if self._rope.neox else (-1, 2))
-        if self._rope.neox:
+        rotary = self.rope.rotary_dim
+        pairs = keys[..., :rotary].unflatten(-1, (2, -1) if self.rope.neox else (-1, 2))
+        if self.rope.neox:
             pairs = pairs.transpose(-1, -2)
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
-        if self._rope.neox:
+        if self.rope.neox:
             turned = turned.transpose(-1, -2)
         return torch.cat([turned.flatten(-2), keys[..., rotary:]], -1)
-
-
-def _mean_difference(rows: Tensor) -> Tensor:
-    """[layers, 2 m, ...] -> [layers, 1, ...]: the mean of the first m minus that of the others."""
-    ours, donors = rows.chunk(2, dim=1)
-    return (ours - donors).mean(1, keepdim=True)

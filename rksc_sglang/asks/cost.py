@@ -36,11 +36,11 @@ class CostModel:
         """Seconds of a prefill of ``tokens`` in one pass."""
         return self.pass_seconds + tokens * self.token_seconds
 
-    def saved(self, tokens: int, passes: int) -> float:
+    def saved(self, tokens: int, passes: float) -> float:
         """Seconds saved by taking over ``tokens`` at the price of ``passes`` more passes."""
         return tokens * (self.token_seconds - self.copy_seconds) - passes * self.pass_seconds
 
-    def least(self, passes: int, seconds: float = 0.0) -> float:
+    def least(self, passes: float, seconds: float = 0.0) -> float:
         """Tokens from which on taking them over pays for passes and some further ``seconds``."""
         each = self.token_seconds - self.copy_seconds
         return (passes * self.pass_seconds + seconds) / each if each > 0 else float("inf")

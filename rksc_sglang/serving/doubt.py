@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from rksc_sglang.contract import DOUBTED
-from rksc_sglang.serving.splicing import SpliceState
+from rksc_sglang.serving.splice_state import SpliceState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -65,9 +64,7 @@ class Doubt:
                 continue
             close, splice.lead = self.is_close(splice), None
             self.doubts, self.judged = self.doubts + close, self.judged + 1
-            if close and not req.finished() and req.to_finish is None and not req.is_retracted:
-                req.discard_output_reason = FINISH_ABORT(DOUBTED)
-                splice.doubted = True
+            if close and splice.discard(req, DOUBTED):
                 self.count("doubts")
                 doubted.append(req)
         return doubted

@@ -11,7 +11,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from rksc_sglang.serving.splicing import SpliceState
+    from rksc_sglang.serving.splice_state import SpliceState
 
 
 @dataclass(eq=False)
@@ -21,10 +21,12 @@ class InternalState:
     Attributes:
         parent: the splice that this request is a stage of, None for measurements.
         purpose: for logs: "stage", "shadow" or "probe".
+        refused: by the gate, in the pass that computed it: what it holds is of no use.
     """
 
     purpose: str
     parent: SpliceState | None = None
+    refused: bool = False
 
 
 class ModelFacts(NamedTuple):

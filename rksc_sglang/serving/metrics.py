@@ -13,6 +13,7 @@ SCHEDULER_COUNTERS = {
     "fallbacks": "requests that asked for an approximation and were served exactly",
     "spliced_requests": "requests that took over KV computed behind another context",
     "stages": "prefills of our own that prepared a splice",
+    "joined_splices": "splices whose head was computed in the pass that read them",
     "gate_refusals": "runs of cached text not spliced because their contexts were too different",
     "doubts": "spliced requests computed again because their first token was nearly a tie",
     "layer_exits": "verifications that stopped at a middle layer",

@@ -17,17 +17,20 @@ from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
 from rksc_sglang.rsbcm.trace import TraceWriter
+from rksc_sglang.serving.admission import SplicingPrefillAdder
 from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.evicting import build_sampler, check_eviction, receive
 from rksc_sglang.serving.features import Unsupported, decide, fallback_reason
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import is_internal
+from rksc_sglang.serving.joined import REFUSED
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
 from rksc_sglang.serving.probe import CostProbe
 from rksc_sglang.serving.radix_cache import RkscRadixCache
+from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splice_support import build_splicer
-from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
+from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.verifying import ExitState, Verifications
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ class SplicingOutputStreamer(RkscOutputStreamer):
 
 def _is_doubted(req: Req) -> bool:
     state = state_of(req)
-    return state is not None and state.splice is not None and state.splice.doubted
+    return state is not None and state.splice is not None and state.splice.discarded
 
 
 def _info_of(req: Req) -> list[dict[str, Any]]:
@@ -151,7 +154,7 @@ class RkscScheduler(stock.Scheduler):
             mass_reason=mass_reason,
         )
         self.rksc_adder_class = self._make_adder_class()
-        self.rksc_in_doubt: set[str] = set()
+        self.rksc_again: str | None = None  # why the request that arrives has arrived before
         self.rksc_first_logits: FirstLogits | None = None
         self.rksc_doubt: Doubt | None = None
         self.rksc_guard: Guard | None = None
@@ -277,7 +280,7 @@ class RkscScheduler(stock.Scheduler):
             exit_,
             recv_req if splice is not None else None,
         )
-        if req.rid not in self.rksc_in_doubt:  # it has been counted before
+        if self.rksc_again is None:  # else it has been counted before
             self.rksc_counters.add("requests", contract is not None)
             self.rksc_counters.add("fallbacks", fallback is not None)
         return req
@@ -299,8 +302,10 @@ class RkscScheduler(stock.Scheduler):
         asked = contract.tau if contract is not None else None
         tau = self.rksc_splicer.thresholds.tau
         state = SpliceState(req.rid, tau if asked is None else asked)
-        if req.rid in self.rksc_in_doubt:
-            state.give_up(DOUBTED)
+        if self.rksc_again is not None:
+            state.joins = False
+            if self.rksc_again == DOUBTED:
+                state.give_up(DOUBTED)
         return state
 
     def run_batch(self, batch: ScheduleBatch, pp_proxy_tensors: Any = None) -> Any:
@@ -309,8 +314,13 @@ class RkscScheduler(stock.Scheduler):
         if self.rksc_guard is not None and self.rksc_first_logits is not None:
             self.rksc_first_logits.batch = batch
             self.rksc_guard.on_busy()
+        joined = self.rksc_splicer.joined if self.rksc_splicer is not None else None
+        if joined is not None:
+            joined.begin()
         start = time.perf_counter()
         result = super().run_batch(batch, pp_proxy_tensors)
+        if joined is not None:
+            joined.end()
         if batch.forward_mode.is_extend():
             self.rksc_prefill_seconds += time.perf_counter() - start
         elif batch.forward_mode.is_decode():
@@ -318,16 +328,25 @@ class RkscScheduler(stock.Scheduler):
         return result
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
-        doubted = self.rksc_doubt.review(batch.reqs) if self.rksc_doubt is not None else []
+        discarded = self._discard(batch.reqs)
         super().process_batch_result(batch, result)
-        for req in doubted:
-            self._compute_again(req.rksc.received)
+        for req, reason in discarded:
+            self._serve_again(req.rksc.received, reason)
 
-    def _compute_again(self, received: TokenizedGenerateReqInput) -> None:
-        """Serve a request exactly, whose spliced answer was discarded."""
-        self.rksc_in_doubt.add(received.rid)
+    def _discard(self, reqs: list[Req]) -> list[tuple[Req, str]]:
+        """Of a batch that has run: the requests whose answers are discarded, and why."""
+        if self.rksc_splicer is None or self.rksc_doubt is None:
+            return []
+        joined = self.rksc_splicer.joined
+        refused = joined.review(reqs) if joined is not None else []
+        doubted = self.rksc_doubt.review(reqs)
+        return [*((req, REFUSED) for req in refused), *((req, DOUBTED) for req in doubted)]
+
+    def _serve_again(self, received: TokenizedGenerateReqInput, reason: str) -> None:
+        """Serve a request whose spliced answer was discarded; exactly, if it was doubted."""
+        self.rksc_again = reason
         self.handle_generate_request(received)
-        self.rksc_in_doubt.remove(received.rid)
+        self.rksc_again = None
         if self.waiting_queue and self.waiting_queue[-1].rid == received.rid:
             self.waiting_queue.insert(0, self.waiting_queue.pop())  # it has waited before
 

@@ -12,15 +12,17 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from rksc_sglang.asks.content_index import ContentIndex
-from rksc_sglang.asks.context_shift import COMPARED, ContextShift
+from rksc_sglang.asks.context_shift import COMPARED, ContextShift, Spliced
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import ProfileError, thresholds
 from rksc_sglang.asks.rope import UnsupportedRope, find_rope
 from rksc_sglang.asks.signature import Signatures, UnsupportedModel
+from rksc_sglang.attention_cpu import RkscCpuAttnBackend
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
 from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.internal import ModelFacts
+from rksc_sglang.serving.joined import JoinedPass
 from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import Copy, SplicingRadixCache
 
@@ -70,7 +72,7 @@ def build_splicer(
         source: torch.Tensor,
         target: torch.Tensor,
         delta: int,
-        head: torch.Tensor,
+        head: torch.Tensor | None,
         donor_head: torch.Tensor,
     ) -> None:
         if scheduler.enable_overlap and source.is_cuda:
@@ -78,7 +80,9 @@ def build_splicer(
             torch.cuda.current_stream().wait_stream(scheduler.forward_stream)
         rotation = rotation_for(frequencies, delta, rope.neox)
         rotate_copy(pool.k_buffer, pool.v_buffer, source, target, rotation)
-        shift.add(pool.k_buffer, pool.v_buffer, head, donor_head, target, delta)
+        if head is not None:
+            run = Spliced(head, donor_head, target, delta)
+            shift.of([run]).add(pool.k_buffer, pool.v_buffer)
 
     cache.enable_splicing(ContentIndex(pool.k_buffer[0].shape[0]), copy)
     planner = Planner(
@@ -91,6 +95,10 @@ def build_splicer(
     model = ModelFacts(scheduler.model_config.vocab_size, scheduler.tokenizer)
     splicer = Splicer(cache, signatures, planner, limits, model, count)
     splicer.measure_copy = partial(_measure_copy, cache, copy)
+    backend = runner.attn_backend
+    # Elsewhere nothing tells between the writing of a layer's KV and its attention.
+    if isinstance(backend, RkscCpuAttnBackend) and not scheduler.enable_overlap:
+        splicer.joined = JoinedPass(cache, backend, pool, shift, splicer.judge)
     return splicer
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,8 +22,8 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from rksc_sglang.asks.content_index import Run
 from rksc_sglang.asks.overlap import Windows
 from rksc_sglang.asks.plan import Planner, Take
-from rksc_sglang.asks.root_first import RootFirstPrefillAdder
 from rksc_sglang.serving.internal import InternalState, ModelFacts, is_internal, make_internal_req
+from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
 
 if TYPE_CHECKING:
@@ -34,60 +34,12 @@ if TYPE_CHECKING:
     from rksc_sglang.asks.signature import Signatures
     from rksc_sglang.serving.doubt import Doubt
     from rksc_sglang.serving.guard import Guard
+    from rksc_sglang.serving.joined import JoinedPass, Joint
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(eq=False)
-class SpliceState:
-    """The splice of one request.
-
-    Attributes:
-        tau: least similarity of its context and a donor's.
-        exact_tokens: cached exact prefix when the request was first looked at.
-        private: KV slots, [n] int64, that its stages left behind the exact prefix, from position
-            ``private_start`` on.
-        stage: the stage that it waits for.
-        staged_tokens: computed by stages.
-        spliced_tokens, similarity: what was taken over, at which least similarity.
-        skip_until: what is in front of this position was refused by the gate.
-        refusals: how often, of the run that is looked at.
-        reason: why nothing (more) is spliced.
-        lead: nats by which the first token of the spliced prompt leads, on the device.
-        doubted: the answer was discarded; another request with the same id gives it.
-        stopped: nothing more is spliced; what a stage of it still computes is of no use.
-    """
-
-    rid: str
-    tau: float
-    exact_tokens: int | None = None
-    private: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    private_start: int = 0
-    stage: Req | None = None
-    staged_tokens: int = 0
-    spliced_tokens: int = 0
-    similarity: float | None = None
-    skip_until: int = 0
-    refusals: int = 0
-    reason: str | None = None
-    lead: torch.Tensor | None = None
-    doubted: bool = False
-    stopped: bool = False
-    stages: int = 0
-    nothing_at: tuple[int, int] | None = None  # index version and position of a vain search
-
-    def took(self, load: Load) -> None:
-        """A load is in place."""
-        self.spliced_tokens += load.stop - load.first
-        if load.similarity is not None:
-            self.similarity = min(load.similarity, self.similarity or 1.0)
-
-    def give_up(self, reason: str) -> None:
-        """Serve what is left exactly; what was spliced so far is lost."""
-        self.stopped = True
-        self.reason = reason
-        self.spliced_tokens = 0
-        self.similarity = None
+#: What is expected of the gate before it has judged in mid-pass: refusals, of so many judged.
+PRIOR = (4, 20)
 
 
 class Splicer:
@@ -122,6 +74,8 @@ class Splicer:
         self.guard: Guard | None = None
         self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
         self.doubt: Doubt | None = None
+        self.joined: JoinedPass | None = None  # where the attention backend allows it
+        self.refused, self.judged = PRIOR
 
     def prepare(self, req: Req, leaders: Iterable[Req]) -> Req | AddReqResult | None:
         """Called when the adder looks at a request that SGLang has just matched.
@@ -159,14 +113,19 @@ class Splicer:
             overlap = min(req.prefix_len - state.private_start, len(state.private))
             self.cache.free_private(state, overlap)
 
-    def _next(
-        self, req: Req, state: SpliceState, leaders: Iterable[Req]
-    ) -> Req | AddReqResult | None:
-        assert self.cache.index is not None
+    def _spliceable(self, req: Req) -> tuple[np.ndarray, int]:
+        """A prompt's tokens, and from where on they are computed in any case."""
         tokens = np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64)
         limit = self.planner.limit(len(tokens))
         if req.return_logprob and req.logprob_start_len >= 0:
             limit = min(limit, req.logprob_start_len)
+        return tokens, limit
+
+    def _next(
+        self, req: Req, state: SpliceState, leaders: Iterable[Req]
+    ) -> Req | AddReqResult | None:
+        assert self.cache.index is not None
+        tokens, limit = self._spliceable(req)
         ready = req.prefix_len + len(state.private)
         runs = self._find(req, state, tokens[:limit], ready)
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
@@ -180,7 +139,8 @@ class Splicer:
             state.skip_until = self.planner.again(step, ready, state.refusals)
             if state.skip_until >= step.options[0][1]:
                 state.refusals = 0
-        stage = self._next_stage(state, runs, max(ready, state.skip_until), limit)
+        extra = self._extra_passes(state)
+        stage = self._next_stage(state, runs, max(ready, state.skip_until), limit, extra)
         if stage is not None:
             return self._stage(req, state, stage)
         if not runs and not len(state.private) and self._donor_is_coming(req, state, leaders):
@@ -188,8 +148,16 @@ class Splicer:
         self._admit(req, state, None)
         return None
 
+    def _joins(self, state: SpliceState) -> bool:
+        """Whether the next stage of a request may share its pass: nothing was spliced before it."""
+        return self.joined is not None and state.joins and not len(state.private)
+
+    def _extra_passes(self, state: SpliceState) -> float:
+        """Passes that the next stage is expected to add: where it shares one, only a refusal's."""
+        return self.refused / self.judged if self._joins(state) else 1.0
+
     def _next_stage(
-        self, state: SpliceState, runs: list[Run], ready: int, limit: int
+        self, state: SpliceState, runs: list[Run], ready: int, limit: int, passes: float = 1.0
     ) -> int | None:
         """Where a stage that starts behind ``ready`` must end for the next run that pays."""
         # Who asks for splices of any similarity wants to see them, whatever they cost.
@@ -198,7 +166,7 @@ class Splicer:
             step = self.planner.next_stretch(runs, ready, limit)
             if step is None:
                 return None
-            if cost is None or cost.saved(step.gain, passes=1) > 0:
+            if cost is None or cost.saved(step.gain, passes) > 0:
                 return step.stop
             ready = step.stop + step.gain
 
@@ -224,18 +192,19 @@ class Splicer:
         if not risk:
             return True  # each stage is weighed by itself
         tokens, pieces = self.planner.total(runs, ready, limit)
-        return tokens > self._least(req, risk, ready, pieces)
+        passes = pieces - 1 + self._extra_passes(state)
+        return tokens > self._least(req, risk, ready, passes)
 
     def _risk(self, req: Req, state: SpliceState) -> float:
         """That the answer will be discarded."""
         return self.doubt.risk(req, state) if self.doubt is not None else 0.0
 
-    def _least(self, req: Req, risk: float, ready: int, pieces: int) -> float:
-        """Tokens behind their heads from which on taking them over in so many pieces pays."""
+    def _least(self, req: Req, risk: float, ready: int, passes: float) -> float:
+        """Tokens behind their heads from which on taking them over pays for so many passes."""
         uncached = len(req.full_untruncated_fill_ids) - ready
         if self.cost is None:
             return risk * uncached
-        return self.cost.least(pieces, risk * self.cost.prefill(uncached))
+        return self.cost.least(passes, risk * self.cost.prefill(uncached))
 
     def _gate(self, req: Req, state: SpliceState, step: Take, ready: int) -> Load | None:
         """The option whose donor's context is the most similar, None if none is enough."""
@@ -249,9 +218,9 @@ class Splicer:
         donors = [run.slots[e - length : e].tolist() for (run, _), e in zip(step.options, ends)]
         similarities = self.signatures.similarity(head.tolist(), donors)
         loads = [
-            Load(state, run, end, stop - run.start, head, similarity)
+            Load(state, run, end, stop - run.start, length, head, similarity)
             for (run, stop), end, similarity in zip(step.options, ends, similarities)
-            if state.tau <= 0 or (similarity is not None and similarity >= state.tau)
+            if _accepts(state, similarity)
         ]
         return max(loads, key=lambda load: load.similarity or 0.0, default=None)
 
@@ -299,6 +268,51 @@ class Splicer:
         if load is not None:
             self._promise(stage, load)
         return stage
+
+    def join(self, req: Req, stage: Req, room: int | None) -> Req | None:
+        """What may be admitted behind a stage, and share its pass.
+
+        Args:
+            req: that the stage, which has just been admitted, is for.
+            room: tokens that the pass may still compute, None for any number.
+
+        Returns:
+            The request, with a load of which ``stage`` computes the head; or its next stage, with
+            such a load; None where it must wait.
+        """
+        state: SpliceState = req.rksc.splice
+        if (
+            not self._joins(state)
+            or stage.skip_radix_cache_insert  # it is not exact
+            or stage.prefix_len != req.prefix_len
+            or stage.extend_end < len(stage.full_untruncated_fill_ids)
+        ):
+            return None
+        tokens, limit = self._spliceable(req)
+        ready = stage.extend_end
+        runs = self._find(req, state, tokens[:limit], ready)
+        step = self.planner.next_step(runs, ready, limit)
+        if not isinstance(step, Take):
+            return None
+        run, stop = step.options[0]
+        load = Load(state, run, ready - run.start, stop - run.start, self.planner.head, stage=stage)
+        follower = self._take(req, state, load, runs, limit) or req
+        length = len(follower.full_untruncated_fill_ids) - req.prefix_len - load.tokens
+        return follower if room is None or length <= room else None
+
+    def judge(self, joint: Joint) -> None:
+        """The gate, for a follower whose stage has just computed the head."""
+        load, head = joint.load, joint.run.head.tolist()
+        similarity = self.signatures.similarity(head, [joint.run.donor_head.tolist()])[0]
+        self.judged += 1
+        if _accepts(load.state, similarity):
+            load.state.took(load._replace(similarity=similarity))
+            self.count("joined_splices")
+            if not is_internal(joint.follower):
+                self.count("spliced_requests")
+        else:
+            self.refused += 1
+            joint.refuse()
 
     def settle(self, req: Req, candidate: Req, admitted: bool) -> None:
         """Called after the adder tried to admit a request, or a stage in its place."""
@@ -353,7 +367,7 @@ class Splicer:
 
     def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor that is worth waiting for."""
-        least = self._least(req, self._risk(req, state), req.prefix_len, pieces=1)
+        least = self._least(req, self._risk(req, state), req.prefix_len, self._extra_passes(state))
         length = self.planner.head + max(self.planner.min_tokens, least)
         return any(
             namespace_of(leader) == namespace_of(req)
@@ -369,38 +383,5 @@ class Splicer:
         return windows
 
 
-class SplicingPrefillAdder(RootFirstPrefillAdder):
-    """Prefill admission with splicing, and with root-first fan-out where that is on."""
-
-    splicer: Splicer
-
-    def add_one_req(
-        self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
-    ) -> AddReqResult:
-        if is_internal(req):
-            return super().add_one_req(req, has_chunked_req, truncation_align_size)
-        if self.should_hold(req):
-            return AddReqResult.CONTINUE
-        step = self._prepare(req)
-        if isinstance(step, AddReqResult):
-            self.on_held(req)
-            return step
-        candidate = req if step is None else step
-        result = super().add_one_req(candidate, has_chunked_req, truncation_align_size)
-        admitted = any(other is candidate for other in self.can_run_list)
-        self.splicer.settle(req, candidate, admitted)
-        if result is AddReqResult.NO_TOKEN and not self.can_run_list and self._nothing_runs():
-            self.splicer.release_memory()
-        return result
-
-    def _prepare(self, req: Req) -> Req | AddReqResult | None:
-        try:
-            return self.splicer.prepare(req, self._leaders())
-        except Exception:
-            logger.exception("RKSC: splicing failed for %s; it is computed", req.rid)
-            self.on_error("splice")
-            self.splicer.abandon(req, "an error inside RKSC")
-            return None
-
-    def _nothing_runs(self) -> bool:
-        return self.running_batch is None or self.running_batch.is_empty()
+def _accepts(state: SpliceState, similarity: float | None) -> bool:
+    return state.tau <= 0 or (similarity is not None and similarity >= state.tau)

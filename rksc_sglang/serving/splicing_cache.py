@@ -29,13 +29,15 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from rksc_sglang.asks.content_index import ContentIndex, Run
+from rksc_sglang.asks.context_shift import Spliced
 from rksc_sglang.serving.internal import InternalState
+from rksc_sglang.serving.joined import Joint
 from rksc_sglang.serving.radix_cache import RkscRadixCache, namespace_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
-    from rksc_sglang.serving.splicing import SpliceState
+    from rksc_sglang.serving.splice_state import SpliceState
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ logger = logging.getLogger(__name__)
 class Copy(Protocol):
     """Fills ``target`` slots with the KV at ``source``, its keys moved by ``delta`` positions.
 
-    ``head`` and ``donor_head`` are the slots of the tokens before it, in both contexts.
+    ``head`` and ``donor_head`` are the slots of the tokens before it, in both contexts; without a
+    head the run is not shifted.
     """
 
     def __call__(
@@ -51,7 +54,7 @@ class Copy(Protocol):
         source: torch.Tensor,
         target: torch.Tensor,
         delta: int,
-        head: torch.Tensor,
+        head: torch.Tensor | None,
         donor_head: torch.Tensor,
     ) -> None: ...
 
@@ -62,20 +65,35 @@ class Load(NamedTuple):
     Attributes:
         state: of the request that it is for; holds the private slots, which come first.
         run: where KV is copied from, and from which of the run's tokens to which; None for none.
-        head: [n] int64 slots, behind the request's context, of the run's tokens before ``first``.
+        head_tokens: how many of the run's tokens before ``first`` are computed anew.
+        head: [head_tokens] int64 slots of these, behind the request's context.
         similarity: of the request's context and the run's.
+        stage: an exact stage admitted just before, whose pass computes what is in front of
+            ``first``, the head among it; ``head`` and ``similarity`` are known after it.
     """
 
     state: SpliceState
     run: Run | None = None
     first: int = 0
     stop: int = 0
+    head_tokens: int = 0
     head: torch.Tensor | None = None
     similarity: float | None = None
+    stage: Req | None = None
 
     @property
     def tokens(self) -> int:
-        return len(self.state.private) + self.stop - self.first
+        return len(self.state.private) + self.staged + self.stop - self.first
+
+    @property
+    def delta(self) -> int:
+        """Positions by which keys move, new minus old."""
+        return self.run.start - self.run.donor_start if self.run is not None else 0
+
+    @property
+    def staged(self) -> int:
+        """Tokens in front of the run that are being computed."""
+        return self.stage.extend_end - self.stage.prefix_len if self.stage is not None else 0
 
 
 class SplicingRadixCache(RkscRadixCache):
@@ -85,12 +103,14 @@ class SplicingRadixCache(RkscRadixCache):
         index: what is cached where; None until :meth:`enable_splicing`, and after a failure.
         loads: request id -> what its next admission shall load.
         active: request id -> its splice, while it waits for a stage or owns private slots.
+        joints: of the pass that is being put together.
     """
 
     def __init__(self, params: Any) -> None:
         self.index: ContentIndex | None = None
         self.loads: dict[str, Load] = {}
         self.active: dict[str, SpliceState] = {}
+        self.joints: list[Joint] = []
         self._copy: Copy | None = None
         self._appended: dict[str, torch.Tensor] = {}
         self.index_nanoseconds = 0
@@ -157,7 +177,8 @@ class SplicingRadixCache(RkscRadixCache):
             load.state.give_up("the memory or the donor is gone")
             return 0, req.last_node
         load.state.private = slots[:0]  # they are in the row of the request from here on
-        load.state.took(load)
+        if load.stage is None:
+            load.state.took(load)
         self._appended[req.rid] = slots
         req.skip_radix_cache_insert = True
         return len(slots), req.last_node
@@ -182,12 +203,16 @@ class SplicingRadixCache(RkscRadixCache):
         try:
             if load.run is None:
                 return load.state.private
-            source = self._lock_donor(load.run, req)
-            if source is None:
+            donor = self._donor(load.run, req)
+            if donor is None:
                 return None
-            lock, slots = source
+            node, slots = donor
+            lock = self.lock(node)  # making room for the copy must not evict it
             try:
-                return self._copied(load, slots)
+                filled = self._copied(load, slots)
+                if filled is not None and load.stage is not None:
+                    self._join(load, req, filled, slots, self.lock(node))
+                return filled
             finally:
                 self.unlock(lock)
         except Exception:
@@ -195,8 +220,8 @@ class SplicingRadixCache(RkscRadixCache):
             self.on_error("splice")
             return None
 
-    def _lock_donor(self, run: Run, req: Req) -> tuple[Any, torch.Tensor] | None:
-        """Lock the donor's path in the tree: making room for the copy must not evict it."""
+    def _donor(self, run: Run, req: Req) -> tuple[Any, torch.Tensor] | None:
+        """The donor's node in the tree, and the run's slots there."""
         assert self.index is not None
         path = self.index.path(int(run.slots[-1]), self.page_size)
         key = RadixKey(array("q", path.tobytes()), req.extra_key, cache_salt=req.cache_salt)
@@ -205,26 +230,37 @@ class SplicingRadixCache(RkscRadixCache):
         donor = slots[run.donor_start : run.donor_start + len(run.slots)].cpu().numpy()
         if not np.array_equal(donor, run.slots):
             return None
-        return self.lock(match.last_device_node), torch.from_numpy(run.slots)
+        return match.last_device_node, torch.from_numpy(run.slots)
 
     def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
-        assert load.run is not None
-        assert load.head is not None
         assert self._copy is not None
-        count = load.stop - load.first
-        evict_from_tree_cache(self, count)
-        target = self.token_to_kv_pool_allocator.alloc(count)
-        if target is None:
+        evict_from_tree_cache(self, load.staged + load.stop - load.first)
+        slots = self.token_to_kv_pool_allocator.alloc(load.staged + load.stop - load.first)
+        if slots is None:
             return None
-        donor = donor.to(target.device)
-        source, delta = donor[load.first : load.stop], load.run.start - load.run.donor_start
-        donor_head = donor[load.first - len(load.head) : load.first]
+        donor = donor.to(slots.device)
+        head = load.head.to(slots.device) if load.head is not None else None
         try:
-            self._copy(source, target, delta, load.head.to(target.device), donor_head)
+            self._copy(
+                donor[load.first : load.stop],
+                slots[load.staged :],
+                load.delta,
+                head,
+                donor[load.first - load.head_tokens : load.first],
+            )
         except BaseException:
-            self.token_to_kv_pool_allocator.free(target)
+            self.token_to_kv_pool_allocator.free(slots)
             raise
-        return torch.cat([load.state.private, target])
+        return torch.cat([load.state.private, slots])
+
+    def _join(
+        self, load: Load, req: Req, slots: torch.Tensor, donor: torch.Tensor, lock: Any
+    ) -> None:
+        """What is in front of the copy follows in the pass."""
+        own, target = slots[: load.staged], slots[load.staged :]
+        donor_head = donor[load.first - load.head_tokens : load.first].to(slots.device)
+        run = Spliced(own[:0], donor_head, target, load.delta)
+        self.joints.append(Joint(req, load, own, run, lock))
 
     # Private slots: computed by a stage of a request behind something spliced
 
@@ -233,6 +269,7 @@ class SplicingRadixCache(RkscRadixCache):
         if (
             isinstance(stage, InternalState)
             and stage.parent is not None
+            and not stage.refused
             and req.skip_radix_cache_insert
             and not stage.parent.stopped
             and not isinstance(req.finished_reason, FINISH_ABORT)

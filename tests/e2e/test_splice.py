@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from transformers import AutoTokenizer
 
 from rksc_sglang.server_process import ServerProcess
 
@@ -85,6 +86,43 @@ def test_the_document_behind_another_system_prompt_is_spliced(splicing):
     total = used["exact_tokens"] + used["spliced_tokens"] + used["recomputed_tokens"]
     assert total == second["meta_info"]["prompt_tokens"]
     assert second["meta_info"]["cached_tokens"] == total - used["recomputed_tokens"]
+
+
+def test_head_and_tail_in_one_pass_or_in_two(splicing, smollm2):
+    """The same KV: once the stage and the request share a pass, once the head was cached before."""
+    options = {"return_logprob": True, "top_logprobs_num": 5}
+    ask(splicing, prompt(0), "similar", "joined")
+    before = rank(splicing)["counters"]["joined_splices"]
+    joined = ask(splicing, prompt(1), "similar", "joined", **options)
+    assert rank(splicing)["counters"]["joined_splices"] == before + 1
+
+    ask(splicing, prompt(0), "similar", "apart")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokens = tokenizer(prompt(1))["input_ids"]
+    begin = (len(tokens) - 16) // 16 * 16 - info(joined)["spliced_tokens"]  # all but 16 repeats
+    ask(splicing, tokenizer.decode(tokens[:begin]), "exact", "apart")
+    apart = ask(splicing, prompt(1), "similar", "apart", **options)
+    assert rank(splicing)["counters"]["joined_splices"] == before + 1
+    assert info(apart)["spliced_tokens"] == info(joined)["spliced_tokens"]
+    assert abs(info(joined)["similarity"] - info(apart)["similarity"]) < 1e-3
+    assert joined["output_ids"] == apart["output_ids"]
+    first = [x["meta_info"]["output_top_logprobs"][0] for x in (joined, apart)]
+    for ours, theirs in zip(*first):
+        assert ours[1] == theirs[1]
+        assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
+
+
+def test_whom_the_gate_refuses_in_mid_pass_is_served_exactly(splicing, server):
+    ask(splicing, prompt(0), "similar", "refused")
+    before = rank(splicing)["counters"]
+    strict = ask(splicing, prompt(1), "similar", "refused", {"tau": 0.9999})
+    after = rank(splicing)["counters"]
+    assert info(strict)["share"] == "exact"
+    assert info(strict)["spliced_tokens"] == 0
+    assert after["gate_refusals"] > before["gate_refusals"]
+    assert after["joined_splices"] == before["joined_splices"]
+    assert after["requests"] == before["requests"] + 1
+    assert strict["output_ids"] == ask(server, prompt(1), "exact")["output_ids"]
 
 
 def test_the_readmes_first_splice(splicing, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rksc_sglang.asks.context_shift import COMPARED, FALL, REACH, SHARE, ContextShift
+from rksc_sglang.asks.context_shift import COMPARED, FALL, REACH, SHARE, ContextShift, Spliced
 from rksc_sglang.asks.rope import Rope
 
 LAYERS, HEADS, DIM, V_DIM = 2, 3, 16, 24
@@ -23,7 +23,7 @@ def rotated(keys, positions, rope):
     return result
 
 
-class Spliced:
+class Case:
     """Caches with a run of which the head was computed in both contexts, and the rest copied."""
 
     def __init__(self, *, head=12, run=300, delta=-37, neox=True, rotary=DIM, shuffled=False):
@@ -56,12 +56,18 @@ class Spliced:
             values[layer, target] += change * weights
         return keys, values
 
+    def run(self, device="cpu"):
+        slots = [each.to(device) for each in (self.head, self.donor_head, self.target)]
+        return Spliced(*slots, self.delta)
+
+    def shift(self, caches, device="cpu"):
+        ContextShift(self.rope, device).of([self.run(device)]).add(*caches)
+
     def check(self, dtype=torch.float32, device="cpu", tolerance=2e-5):
         self.keys, self.values = self.keys.to(dtype).double(), self.values.to(dtype).double()
         wanted = self.shifted()
         caches = [list(each.to(device, dtype)) for each in (self.keys, self.values)]
-        slots = [each.to(device) for each in (self.head, self.donor_head, self.target)]
-        ContextShift(self.rope, device).add(*caches, *slots, self.delta)
+        self.shift(caches, device)
         for got, right, before in zip(caches, wanted, (self.keys, self.values)):
             got = torch.stack(got).cpu().double()
             assert torch.allclose(got, right, atol=tolerance, rtol=tolerance)
@@ -72,39 +78,39 @@ class Spliced:
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("rotary", [DIM, 8])
 def test_every_layout_of_keys(neox, rotary, device):
-    Spliced(neox=neox, rotary=rotary).check(device=device)
+    Case(neox=neox, rotary=rotary).check(device=device)
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
 @pytest.mark.parametrize(("head", "run"), [(1, 40), (COMPARED, REACH), (40, 1), (16, 2 * REACH)])
 def test_runs_and_heads_of_any_length(head, run, shuffled):
-    Spliced(head=head, run=run, shuffled=shuffled).check()
+    Case(head=head, run=run, shuffled=shuffled).check()
 
 
 @pytest.mark.parametrize("delta", [0, 5000, -90])
 def test_any_distance(delta):
-    Spliced(delta=delta).check()
+    Case(delta=delta).check()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_caches_of_half_precision(dtype, tolerance):
-    Spliced().check(dtype, tolerance=tolerance)
+    Case().check(dtype, tolerance=tolerance)
 
 
 def test_a_context_that_changes_nothing_shifts_nothing():
-    case = Spliced(delta=0)
+    case = Case(delta=0)
     case.keys[:, case.head] = case.keys[:, case.donor_head]
     case.values[:, case.head] = case.values[:, case.donor_head]
     caches = [list(each.float()) for each in (case.keys, case.values)]
     before = [[layer.clone() for layer in cache] for cache in caches]
-    ContextShift(case.rope, "cpu").add(*caches, case.head, case.donor_head, case.target, case.delta)
+    case.shift(caches)
     for cache, old in zip(caches, before):
         assert all(map(torch.equal, cache, old))
 
 
 def test_what_all_tokens_have_in_common_is_found():
     """Of one vector that the new context adds to every key and value, the share that is added."""
-    case = Spliced(run=1)
+    case = Case(run=1)
     generator = torch.Generator().manual_seed(1)
     positions = case.start + torch.arange(-len(case.head), 0)
     key, value = (torch.randn(1, HEADS, d, generator=generator).double() for d in (DIM, V_DIM))
@@ -120,6 +126,23 @@ def test_what_all_tokens_have_in_common_is_found():
         case.keys[layer, case.head] = own + added
         case.values[layer, case.head] = case.values[layer, case.donor_head] + value
     caches = [list(each.float()) for each in (case.keys, case.values)]
-    ContextShift(case.rope, "cpu").add(*caches, case.head, case.donor_head, case.target, case.delta)
+    case.shift(caches)
     for cache, wanted in zip(caches, right):
         assert torch.allclose(torch.stack(cache)[:, case.target].double(), wanted, atol=1e-5)
+
+
+def test_several_runs_at_once_layer_by_layer():
+    cases = [Case(run=40), Case(run=2 * REACH, delta=11), Case(run=7, delta=0)]
+    wanted = [case.shifted() for case in cases]
+    sizes = [case.keys.shape[1] for case in cases]
+    keys = list(torch.cat([case.keys for case in cases], 1).float())
+    values = list(torch.cat([case.values for case in cases], 1).float())
+    runs = []
+    for number, case in enumerate(cases):
+        run, first = case.run(), sum(sizes[:number])
+        runs.append(Spliced(*(slots + first for slots in run[:3]), run.delta))
+    shifts = ContextShift(cases[0].rope, "cpu").of(runs)
+    for layer in range(LAYERS):
+        shifts.add([keys[layer]], [values[layer]])
+    for got, right in zip((keys, values), zip(*wanted)):
+        assert torch.allclose(torch.stack(got).double(), torch.cat(right, 1), atol=2e-5)

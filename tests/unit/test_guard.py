@@ -15,7 +15,7 @@ from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
-from rksc_sglang.serving.splicing import SpliceState
+from rksc_sglang.serving.splice_state import SpliceState
 
 VOCABULARY = 50
 MODEL = ModelFacts(VOCABULARY, None)
@@ -202,7 +202,7 @@ def test_a_near_tie_gives_no_answer(server):
     assert server.doubt.review([close, clear]) == [close]
     assert close.discard_output_reason is not None
     assert clear.discard_output_reason is None
-    assert close.rksc.splice.doubted
+    assert close.rksc.splice.discarded
     assert server.counts == ["doubts"]
     assert server.doubt.review([close, clear]) == []  # once is enough
 

@@ -17,18 +17,42 @@ from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import Thresholds
 from rksc_sglang.asks.root_first import make_adder_class
+from rksc_sglang.serving.admission import SplicingPrefillAdder
 from rksc_sglang.serving.internal import ModelFacts, is_internal
-from rksc_sglang.serving.splicing import Splicer, SpliceState, SplicingPrefillAdder
+from rksc_sglang.serving.joined import JoinedPass
+from rksc_sglang.serving.splice_state import SpliceState
+from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import SplicingRadixCache
 
 TAINTED = "tainted"
+
+
+class SymbolicKv:
+    """A layer's cache of keys or values, in place of a tensor."""
+
+    def __init__(self, kv):
+        self.kv = kv
+
+    def __getitem__(self, slots):
+        return [self.kv.get(slot) for slot in slots.tolist()]
+
+    def __setitem__(self, slots, values):
+        self.kv.update(zip(slots.tolist(), values))
 
 
 class Scheduler:
     """SGLang's scheduling steps around the splicer, on one small pool."""
 
     def __init__(
-        self, make_cache, make_req, capacity=256, page_size=1, head=2, tail=1, min_tokens=4
+        self,
+        make_cache,
+        make_req,
+        capacity=256,
+        page_size=1,
+        head=2,
+        tail=1,
+        min_tokens=4,
+        joins=False,
     ):
         self.make_req = make_req
         self.cache = make_cache(SplicingRadixCache, capacity, page_size)
@@ -57,20 +81,36 @@ class Scheduler:
             base=SplicingPrefillAdder,
             splicer=self.splicer,
         )
+        # What the attention backend does between the writing of KV and attention, for one layer.
+        self.backend = SimpleNamespace(on_kv_written=None)
+        pool = SimpleNamespace(k_buffer=[SymbolicKv(self.kv)], v_buffer=[SymbolicKv({})])
+        shift = SimpleNamespace(of=self.shift)
+        self.joined = JoinedPass(self.cache, self.backend, pool, shift, self.splicer.judge)
+        self.splicer.joined = self.joined if joins else None
         self.waiting, self.running, self.computed = [], [], {}
         self.copied = []
+        self.again = {}  # request id -> the request that took the place of a refused one
 
     def fail(self, where):
         pytest.fail(f"an error inside RKSC was swallowed: {where}")
 
     def copy(self, source, target, delta, head, donor_head):
         assert not set(source.tolist()) & set(target.tolist())
-        self._check_heads(head.tolist(), donor_head.tolist(), source[0].item())
+        if head is not None:
+            self._check_heads(head.tolist(), donor_head.tolist(), source[0].item())
         for slot in target.tolist():
             self.kv[slot] = TAINTED
         for slot in source.tolist():
             assert self.kv[slot] != TAINTED, "a donor is not exact"
         self.copied.append((source.tolist(), target.tolist(), delta))
+
+    def shift(self, runs):
+        def add(k_caches, v_caches):
+            for run in runs:
+                source = next(s for s, t, _ in self.copied if t == run.target.tolist())
+                self._check_heads(run.head.tolist(), run.donor_head.tolist(), source[0])
+
+        return SimpleNamespace(add=add)
 
     def _check_heads(self, head, donor_head, first):
         """The head is the same tokens, right before those that are copied, in both contexts."""
@@ -135,25 +175,62 @@ class Scheduler:
             # As ScheduleBatch.prepare_for_extend counts.
             req.cached_tokens += req.prefix_len - req.already_computed
             req.already_computed = req.extend_end
-            self._forward(req, req.prefix_len, req.extend_end)
             self.computed[req.rid] = self.computed.get(req.rid, 0) + req.extend_len
+        self._run(batch)
+        for req in self.joined.review(batch):
+            self._serve_again(req)
         for req in batch:
             self._commit(req)
         return batch
 
-    def _forward(self, req, start, stop):
-        row = self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx].tolist()
-        tokens = [*req.origin_input_ids, *req.output_ids]
-        for position in range(start):
-            known = self.kv[row[position]]
-            assert known == TAINTED or known == tuple(tokens[: position + 1]), "wrong KV in a row"
-        tainted = any(self.kv[slot] == TAINTED for slot in row[:start])
+    def _run(self, batch):
+        """A layer of a forward pass: all KV is written, then it is read."""
+        self.joined.begin()
+        for req in batch:
+            self._write(req, req.prefix_len, req.extend_end)
+        if self.backend.on_kv_written is not None:
+            self.backend.on_kv_written(0)
+        self.joined.end()
+        for req in batch:
+            if not self._is_refused(req):  # of whom nothing is kept
+                self._read(req, req.prefix_len)
+
+    def _is_refused(self, req):
+        return req.rksc.refused if is_internal(req) else getattr(req.rksc.splice, "refused", False)
+
+    def _row(self, req):
+        return self.cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx].tolist()
+
+    def _write(self, req, start, stop):
+        row, tokens = self._row(req), [*req.origin_input_ids, *req.output_ids]
+        tainted = any(self.kv.get(slot) == TAINTED for slot in row[:start])
         for position in range(start, stop):
             self.kv[row[position]] = TAINTED if tainted else tuple(tokens[: position + 1])
+
+    def _read(self, req, stop):
+        row, tokens = self._row(req), [*req.origin_input_ids, *req.output_ids]
+        for position in range(stop):
+            known = self.kv[row[position]]
+            assert known == TAINTED or known == tuple(tokens[: position + 1]), "wrong KV in a row"
+
+    def _serve_again(self, req):
+        again = self.send(req.rid, list(req.origin_input_ids), 0.5, req.extra_key)
+        again.sampling_params = req.sampling_params
+        again.rksc.splice.joins = False
+        self.waiting.insert(0, self.waiting.pop())
+        self.again[req.rid] = again
+
+    def latest(self, req):
+        return self.again.get(req.rid, req)
 
     def _commit(self, req):
         from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 
+        if req.discard_output_reason is not None:  # as SGLang's batch result processor
+            req.to_finish = req.discard_output_reason
+            req.update_finish_state(0)
+            release_kv_cache(req, self.cache, checkpoint=False)
+            return
         req.output_ids.append(90 + len(req.output_ids) % 5)
         req.update_finish_state()
         if req.finished():
@@ -175,7 +252,8 @@ class Scheduler:
                 table[position] = alloc_token_slots(self.cache, page_size)[0]
             req.kv.kv_allocated_len += 1
             req.kv.kv_committed_len += 1
-            self._forward(req, position, position + 1)
+            self._write(req, position, position + 1)
+            self._read(req, position)
             self._commit(req)
 
     def retract(self, req):
@@ -195,7 +273,7 @@ class Scheduler:
     def serve(self, *reqs, limit=40):
         """Until all of these have finished; gives the number of prefill passes."""
         passes = 0
-        while not all(req.finished() for req in reqs):
+        while not all(self.latest(req).finished() for req in reqs):
             passes += bool(self.prefill())
             self.decode()
             limit -= 1
@@ -391,15 +469,133 @@ def test_a_failing_index_ends_splicing_and_nothing_else(scheduler):
     assert second.rksc.splice.spliced_tokens == 0
 
 
+@pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
+def joining(request, make_cache, make_req):
+    return Scheduler(make_cache, make_req, page_size=request.param, joins=True)
+
+
+def test_context_head_and_tail_share_a_pass(joining):
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    second = joining.send("b", [4, 6, 7, 8, *DOC, 9])
+    assert joining.serve(second) == 1
+    splice = second.rksc.splice
+    assert 30 <= splice.spliced_tokens <= len(DOC) - 2
+    assert splice.similarity == 1.0
+    computed = joining.computed["b"] + joining.computed["b-rksc-1"]
+    assert splice.spliced_tokens + splice.exact_tokens + computed == len(second.origin_input_ids)
+    assert second.cached_tokens == splice.spliced_tokens + splice.exact_tokens
+    assert joining.counts == ["stages", "joined_splices", "spliced_requests"]
+    joining.check()
+    # What was computed in front of the run is exact, and in the tree.
+    again = joining.send("c", [4, 6, 7, 8, *DOC, 9], tau=None)
+    joining.serve(again)
+    assert again.cached_tokens in (4, 6, 8)
+    joining.check()
+
+
+def test_of_two_runs_the_first_is_joined(joining):
+    other = [50 + i % 13 + i // 13 for i in range(40)]
+    joining.serve(joining.send("a", [1, *DOC, *other, 5]))
+    second = joining.send("b", [2, *other, *DOC, 6])
+    assert joining.serve(second) == 2
+    assert second.rksc.splice.spliced_tokens > 60
+    assert len(joining.copied) == 2
+    joining.check()
+
+
+def test_siblings_share_the_pass_too(joining):
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    reqs = [joining.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(4, 7)]
+    assert joining.serve(*reqs) == 1
+    assert all(req.rksc.splice.spliced_tokens > 25 for req in reqs)
+    joining.check()
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_whom_the_gate_refuses_in_the_pass_is_looked_at_again(joining, runs):
+    """Then as one that has waited for its stage: here with longer heads, refused as well."""
+    other = [50 + i % 13 + i // 13 for i in range(40)]
+    joining.serve(joining.send("a", [1, *DOC, *other, 5]))
+    joining.similarity = dict.fromkeys(range(300), 0.4)
+    tokens = [2, *other, *DOC, 6] if runs == 2 else [4, 6, 7, 8, *DOC, 9]
+    second = joining.send("b", tokens)
+    joining.serve(second)
+    assert second.rksc.splice.discarded is (runs == 1)  # else its stage was refused
+    final = joining.latest(second)
+    assert final.finished()
+    assert len(final.output_ids) == 2
+    assert final.rksc.splice.spliced_tokens == 0
+    assert "spliced_requests" not in joining.counts
+    assert "joined_splices" not in joining.counts
+    joining.check()
+
+
+def test_another_donor_may_be_accepted_then(joining):
+    joining.serve(joining.send("a", [1, 2, 3, 4, *DOC, 5], tau=None))
+    close = set(joining.cache.all_values_flatten().tolist())
+    joining.serve(joining.send("b", [6, 7, 8, 9, *DOC, 5], tau=None))
+    joining.similarity = {slot: 0.9 if slot in close else 0.4 for slot in range(300)}
+    reqs = [joining.send("c", [31, 32, 33, 34, *DOC, 9])]
+    joining.similarity = {slot: 1.3 - s for slot, s in joining.similarity.items()}
+    reqs.append(joining.send("d", [41, 42, 43, 44, *DOC, 9]))
+    joining.serve(*reqs)
+    for req in reqs:
+        assert joining.latest(req).rksc.splice.similarity == pytest.approx(0.9)
+    joining.check()
+
+
+def test_a_run_that_pays_only_in_a_shared_pass(joining):
+    joining.splicer.cost = CostModel(pass_seconds=0.1, token_seconds=2e-3, copy_seconds=0.0)
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    second = joining.send("b", [4, 6, 7, 8, *DOC, 9])
+    assert joining.serve(second) == 1
+    assert second.rksc.splice.spliced_tokens > 0
+    # A gate that refuses most runs makes it a bad bet.
+    joining.splicer.refused, joining.splicer.judged = 19, 20
+    third = joining.send("c", [14, 16, 17, 18, *DOC, 9])
+    joining.serve(third)
+    assert third.rksc.splice.spliced_tokens == 0
+
+
+@pytest.mark.parametrize("where", ["begin", "layer", "judge"])
+def test_a_failure_in_mid_pass_is_looked_at_again(joining, where):
+    errors = []
+    joining.cache.on_error = errors.append
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    if where == "begin":
+        joining.joined.shift.of = lambda runs: 1 / 0
+    elif where == "layer":
+        joining.joined.shift.of = lambda runs: SimpleNamespace(add=lambda k, v: 1 / 0)
+    else:
+        joining.joined.judge = lambda joint: 1 / 0
+    second = joining.send("b", [4, 6, 7, 8, *DOC, 9])
+    joining.serve(second)
+    assert errors == ["splice"]
+    assert second.rksc.splice.discarded
+    assert joining.latest(second).rksc.splice.spliced_tokens > 0  # in two passes
+    joining.check()
+
+
 class Interleavings(RuleBasedStateMachine):
     """Everything that can happen to requests, in any order."""
 
     fixtures: tuple = ()
 
-    @initialize(page_size=st.sampled_from([1, 4]), capacity=st.sampled_from([96, 240]))
-    def start(self, page_size, capacity):
-        self.scheduler = Scheduler(*self.fixtures, capacity=capacity, page_size=page_size)
+    @initialize(
+        page_size=st.sampled_from([1, 4]),
+        capacity=st.sampled_from([96, 240]),
+        joins=st.booleans(),
+    )
+    def start(self, page_size, capacity, joins):
+        self.scheduler = Scheduler(
+            *self.fixtures, capacity=capacity, page_size=page_size, joins=joins
+        )
         self.number = 0
+
+    @rule(slot=st.integers(1, 240), similarity=st.sampled_from([0.4, 0.6]))
+    def change_a_context(self, slot, similarity):
+        """0.4 is refused by the gate."""
+        self.scheduler.similarity[slot] = similarity
 
     @rule(
         contexts=st.lists(st.integers(0, 2), min_size=1, max_size=3),
@@ -460,6 +656,7 @@ class Interleavings(RuleBasedStateMachine):
         self.scheduler.check()
         assert not self.scheduler.cache.active
         assert not self.scheduler.cache.loads
+        assert not self.scheduler.cache.joints
 
 
 def test_random_interleavings(make_cache, make_req):
