@@ -66,8 +66,8 @@ class Sizes:
     loads: int = 12
     heads: Sequence[int] = (1, 16, 64)
     lengths: Sequence[int] = (20, 40, 80, 160, 320, 640)
-    each_length: int = 3
-    curve_cases: int = 5
+    each_length: int = 2
+    curve_cases: int = 3
 
 
 QUICK = Sizes(
