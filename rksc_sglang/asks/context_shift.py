@@ -56,29 +56,29 @@ class ContextShift:
         self._rope = rope
         self._frequencies = rope.inverse_frequencies.to(device)
         steps = torch.arange(REACH, device=device)
-        self._weights = SHARE * torch.exp(-steps / FALL)  # float32, [REACH]
-        # Keys at the first token's position become keys at each token's.
-        self._turns = self._turn(steps)  # complex64, [REACH, 1, rotary_dim / 2]
+        self._weights = SHARE * torch.exp(-steps / FALL)[:, None, None]  # float32, [REACH, 1, 1]
+        # From the first token's position to each token's. Complex64, [REACH, 1, rotary_dim / 2].
+        self._turns = self._turn(steps) * self._weights
 
     def of(self, runs: Sequence[Spliced]) -> Shifts:
         """The shifts of some runs, all of whose heads are of one length."""
-        heads, turns, lengths = [], [], []
+        heads, turns, targets = [], [], []
         for run in runs:
             slots = [run.head[-COMPARED:], run.donor_head[-COMPARED:]]
             # From their positions to the run's first.
             ahead = torch.arange(len(slots[0]), 0, -1, device=slots[0].device)
             heads += slots
             turns += [ahead, ahead + run.delta]
-            lengths.append(min(len(run.target), REACH))
-        target = torch.cat([run.target[:REACH] for run in runs])
+            target = run.target[:REACH]
+            targets.append(target if target.is_cuda else as_slots(target))
+        lengths = [min(len(run.target), REACH) for run in runs]
         return Shifts(
             self._rope,
             torch.stack(heads),
             self._turn(torch.cat(turns)),
-            target if target.is_cuda else as_slots(target),
-            lengths,
-            torch.cat([self._turns[:length] for length in lengths]),
-            torch.cat([self._weights[:length] for length in lengths])[:, None, None],
+            targets,
+            [self._turns[:length] for length in lengths],
+            [self._weights[:length] for length in lengths],
         )
 
     def _turn(self, positions: Tensor) -> Tensor:
@@ -92,10 +92,9 @@ class Shifts(NamedTuple):
     rope: Rope
     heads: Tensor  # int64 [2 runs, m] slots: a run's head, its donor's, the next run's, ...
     head_turns: Tensor  # complex64 [2 runs * m, 1, rotary_dim / 2]: to the run's first position
-    target: slice | Tensor  # slots of all that is shifted
-    lengths: list[int]  # how many of them each run has
-    turns: Tensor  # complex64 [sum of lengths, 1, rotary_dim / 2]: from the run's first position
-    weights: Tensor  # float32 [sum of lengths, 1, 1]
+    targets: list[slice | Tensor]  # per run, slots of the n tokens that are shifted
+    turns: list[Tensor]  # complex64 [n, 1, rotary_dim / 2]: from the first, and the weight
+    weights: list[Tensor]  # float32 [n, 1, 1]
 
     def add(self, k_caches: Sequence[Tensor], v_caches: Sequence[Tensor]) -> None:
         """Shift the runs in some layers.
@@ -104,36 +103,42 @@ class Shifts(NamedTuple):
             k_caches: per layer [num_slots, kv_heads, head_dim]. Changed in place.
             v_caches: per layer [num_slots, kv_heads, v_head_dim]. Changed in place.
         """
-        shifts = self._each(self._rotated(self._rows(k_caches), self.head_turns))
-        shifts = self._rotated(shifts, self.turns).mul_(self.weights)
-        for cache, shift in zip(k_caches, shifts):
-            cache[self.target] += shift.to(cache.dtype)
-        for cache, shift in zip(v_caches, self._each(self._rows(v_caches))):
-            cache[self.target] += (self.weights * shift).to(cache.dtype)
+        keys, rotary = self._rows(k_caches), self.rope.rotary_dim
+        pairs = self._common(self._pairs(keys[..., :rotary]) * self.head_turns)
+        rest, values = self._common(keys[..., rotary:]), self._common(self._rows(v_caches))
+        for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches)):
+            for run, where in enumerate(self.targets):
+                weights = self.weights[run]
+                turned = self._flat(pairs[layer, run] * self.turns[run])
+                if rest.shape[-1]:
+                    turned = torch.cat([turned, rest[layer, run] * weights], -1)
+                _add(k_cache, where, turned)
+                _add(v_cache, where, values[layer, run] * weights)
 
     def _rows(self, caches: Sequence[Tensor]) -> Tensor:
         """Float32 [layers, 2 runs * m, heads, dim]: what is in the slots of the heads."""
         return torch.stack([cache[self.heads.flatten()] for cache in caches]).float()
 
-    def _each(self, rows: Tensor) -> Tensor:
-        """The mean difference of the two heads of a run, once for each of its tokens."""
+    def _common(self, rows: Tensor) -> Tensor:
+        """[layers, runs, heads, dim]: the mean difference of the two heads of each run."""
         ours, donors = rows.unflatten(1, (-1, 2, self.heads.shape[1])).unbind(2)
-        common = (ours - donors).mean(2)
-        return torch.cat(
-            [
-                each[:, None].expand(-1, length, -1, -1)
-                for each, length in zip(common.unbind(1), self.lengths)
-            ],
-            dim=1,
-        )
+        return (ours - donors).mean(2)
 
-    def _rotated(self, keys: Tensor, turns: Tensor) -> Tensor:
-        """Float32 keys [..., n, heads, dim] turned by [n, 1, rotary_dim / 2]."""
-        rotary = self.rope.rotary_dim
-        pairs = keys[..., :rotary].unflatten(-1, (2, -1) if self.rope.neox else (-1, 2))
+    def _pairs(self, keys: Tensor) -> Tensor:
+        """What RoPE turns, as complex numbers: [..., rotary_dim] to [..., rotary_dim / 2]."""
         if self.rope.neox:
-            pairs = pairs.transpose(-1, -2)
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
+            return torch.complex(*keys.chunk(2, dim=-1))
+        return torch.view_as_complex(keys.unflatten(-1, (-1, 2)).contiguous())
+
+    def _flat(self, pairs: Tensor) -> Tensor:
+        """The inverse of :meth:`_pairs`."""
         if self.rope.neox:
-            turned = turned.transpose(-1, -2)
-        return torch.cat([turned.flatten(-2), keys[..., rotary:]], -1)
+            return torch.cat([pairs.real, pairs.imag], -1)
+        return torch.view_as_real(pairs).flatten(-2)
+
+
+def _add(cache: Tensor, where: slice | Tensor, shift: Tensor) -> None:
+    if isinstance(where, slice):
+        cache[where].add_(shift.to(cache.dtype))
+    else:
+        cache.index_add_(0, where, shift.to(cache.dtype))

@@ -74,5 +74,6 @@ class SpliceState:
         """Serve what is left exactly; what was spliced so far is lost."""
         self.stopped = True
         self.reason = reason
+        self.refused = False
         self.spliced_tokens = 0
         self.similarity = None

@@ -97,7 +97,7 @@ def build_splicer(
     splicer.measure_copy = partial(_measure_copy, cache, copy)
     backend = runner.attn_backend
     # Elsewhere nothing tells between the writing of a layer's KV and its attention.
-    if isinstance(backend, RkscCpuAttnBackend) and not scheduler.enable_overlap:
+    if isinstance(backend, RkscCpuAttnBackend):
         splicer.joined = JoinedPass(cache, backend, pool, shift, splicer.judge)
     return splicer
 

@@ -90,6 +90,9 @@ class Splicer:
             return None
         if req.output_ids:  # retracted: what it had is gone, the rest is computed
             return None
+        if req.retracted_stain:  # the same, before its first token was taken
+            state.give_up("retracted")
+            return None
         if state.stage is not None:
             if not state.stage.finished():
                 return AddReqResult.CONTINUE
