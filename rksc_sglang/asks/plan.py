@@ -9,7 +9,7 @@ arXiv 2410.15332).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rksc_sglang.asks.content_index import Run
@@ -85,13 +85,11 @@ class Planner(NamedTuple):
         step = self.next_step(runs, ready, limit)
         return Compute(ready, step.options[0][1] - ready) if isinstance(step, Take) else step
 
-    def total(self, runs: Sequence[Run], ready: int, limit: int) -> tuple[int, int]:
-        """Tokens that could be taken over in all, and in how many pieces."""
-        tokens = pieces = 0
+    def stretches(self, runs: Sequence[Run], ready: int, limit: int) -> Iterator[Compute]:
+        """All that could be taken over, one :meth:`next_stretch` after the other."""
         while (step := self.next_stretch(runs, ready, limit)) is not None:
+            yield step
             ready = step.stop + step.gain
-            tokens, pieces = tokens + step.gain, pieces + 1
-        return tokens, pieces
 
     def again(self, step: Take, ready: int, refusals: int) -> int:
         """Where the gate may look again at a step that it has refused ``refusals`` times.

@@ -108,11 +108,11 @@ class SplicingOutputStreamer(RkscOutputStreamer):
     def stream_output(
         self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None
     ) -> None:
-        answered = [r for r in reqs if not is_internal(r) and not _is_doubted(r)]
+        answered = [r for r in reqs if not is_internal(r) and not _is_discarded(r)]
         super().stream_output(answered, return_logprob, skip_req)
 
 
-def _is_doubted(req: Req) -> bool:
+def _is_discarded(req: Req) -> bool:
     state = state_of(req)
     return state is not None and state.splice is not None and state.splice.discarded
 
@@ -345,8 +345,10 @@ class RkscScheduler(stock.Scheduler):
     def _serve_again(self, received: TokenizedGenerateReqInput, reason: str) -> None:
         """Serve a request whose spliced answer was discarded; exactly, if it was doubted."""
         self.rksc_again = reason
-        self.handle_generate_request(received)
-        self.rksc_again = None
+        try:
+            self.handle_generate_request(received)
+        finally:
+            self.rksc_again = None
         if self.waiting_queue and self.waiting_queue[-1].rid == received.rid:
             self.waiting_queue.insert(0, self.waiting_queue.pop())  # it has waited before
 

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: What is expected of the gate before it has judged in mid-pass: refusals, of so many judged.
 PRIOR = (4, 20)
+#: What a stage adds to a pass that it shares, of a pass: rows of its own, and the shift by layer.
+JOINING = 0.15
 
 
 class Splicer:
@@ -156,8 +158,8 @@ class Splicer:
         return self.joined is not None and state.joins and not len(state.private)
 
     def _extra_passes(self, state: SpliceState) -> float:
-        """Passes that the next stage is expected to add: where it shares one, only a refusal's."""
-        return self.refused / self.judged if self._joins(state) else 1.0
+        """Passes that the next stage is expected to add; where it shares one, a refusal's."""
+        return JOINING + self.refused / self.judged if self._joins(state) else 1.0
 
     def _next_stage(
         self, state: SpliceState, runs: list[Run], ready: int, limit: int, passes: float = 1.0
@@ -194,9 +196,16 @@ class Splicer:
         risk = self._risk(req, state)
         if not risk:
             return True  # each stage is weighed by itself
-        tokens, pieces = self.planner.total(runs, ready, limit)
-        passes = pieces - 1 + self._extra_passes(state)
-        return tokens > self._least(req, risk, ready, passes)
+        uncached = len(req.full_untruncated_fill_ids) - ready
+        stretches = self.planner.stretches(runs, ready, limit)
+        if self.cost is None:
+            return sum(stretch.gain for stretch in stretches) > risk * uncached
+        saved, passes = 0.0, self._extra_passes(state)
+        for stretch in stretches:
+            seconds = self.cost.saved(stretch.gain, passes if stretch.stop > ready else 0.0)
+            if seconds > 0:  # else it will be computed
+                saved, passes = saved + seconds, 1.0
+        return saved > risk * self.cost.prefill(uncached)
 
     def _risk(self, req: Req, state: SpliceState) -> float:
         """That the answer will be discarded."""
@@ -301,7 +310,10 @@ class Splicer:
         load = Load(state, run, ready - run.start, stop - run.start, self.planner.head, stage=stage)
         follower = self._take(req, state, load, runs, limit) or req
         length = len(follower.full_untruncated_fill_ids) - req.prefix_len - load.tokens
-        return follower if room is None or length <= room else None
+        if room is not None and length > room:
+            self.cache.loads.pop(follower.rid, None)
+            return None
+        return follower
 
     def judge(self, joint: Joint) -> None:
         """The gate, for a follower whose stage has just computed the head."""

@@ -557,6 +557,16 @@ def test_a_run_that_pays_only_in_a_shared_pass(joining):
     assert third.rksc.splice.spliced_tokens == 0
 
 
+def test_a_second_run_that_does_not_pay_is_no_argument_against_the_first(joining):
+    joining.splicer.cost = CostModel(pass_seconds=0.1, token_seconds=2e-3, copy_seconds=0.0)
+    joining.splicer.doubt = SimpleNamespace(risk=lambda req, state: 0.1)
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5, *LONG[:16], 6]))
+    second = joining.send("b", [4, 6, 7, 8, *DOC, 9, 9, *LONG[:16], 7])
+    assert joining.serve(second) == 1
+    assert 30 <= second.rksc.splice.spliced_tokens < len(DOC)
+    joining.check()
+
+
 @pytest.mark.parametrize("where", ["begin", "layer", "judge"])
 def test_a_failure_in_mid_pass_is_looked_at_again(joining, where):
     errors = []
