@@ -382,7 +382,9 @@ class Splicer:
 
     def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor that is worth waiting for."""
-        least = self._least(req, self._risk(req, state), req.prefix_len, self._extra_passes(state))
+        # Who waits is computed in a later pass than those that came with it.
+        passes = 1.0 + self._extra_passes(state)
+        least = self._least(req, self._risk(req, state), req.prefix_len, passes)
         length = self.planner.head + max(self.planner.min_tokens, least)
         return any(
             namespace_of(leader) == namespace_of(req)

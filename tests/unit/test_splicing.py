@@ -557,6 +557,15 @@ def test_a_run_that_pays_only_in_a_shared_pass(joining):
     assert third.rksc.splice.spliced_tokens == 0
 
 
+def test_waiting_for_a_donor_costs_a_pass_of_its_own(joining):
+    joining.splicer.cost = CostModel(pass_seconds=0.035, token_seconds=1e-3, copy_seconds=0.0)
+    reqs = [joining.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(3)]
+    assert joining.serve(*reqs) == 1
+    late = joining.send("late", [4, 6, 7, 8, *DOC, 9])  # for a donor that is there it pays
+    assert joining.serve(late) == 1
+    assert late.rksc.splice.spliced_tokens > 0
+
+
 def test_a_second_run_that_does_not_pay_is_no_argument_against_the_first(joining):
     joining.splicer.cost = CostModel(pass_seconds=0.1, token_seconds=2e-3, copy_seconds=0.0)
     joining.splicer.doubt = SimpleNamespace(risk=lambda req, state: 0.1)
