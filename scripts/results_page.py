@@ -78,8 +78,8 @@ SECTIONS = (
         "throughput_accuracy",
         "Accuracy of whole programs",
         "Best-of-N, self-consistency and tree of thought on 1,008 problems of the reasoner, mode "
-        "balanced with all that is calibrated for it against SGLang at its best: points of accuracy "
-        "gained. The other programs are not measured.",
+        "balanced with all that is calibrated for it against SGLang at its best: points of "
+        "accuracy gained. The other programs are not measured.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
     ),
     Section(
@@ -111,17 +111,17 @@ SECTIONS = (
         "splice",
         "Splicing: the same text behind another context",
         "Mode balanced on SmolLM2, against full recompute on the same server, on a machine where a "
-        "pass takes as long as 118 tokens: short runs do not pay there, and are left alone. 3 of 10 "
-        "timed requests each were near ties, and computed again. `overhead_f` is not splicing's: mode "
-        "exact is as slow there. What splicing changes in which kind of prompt is in "
-        "[sharing.md](sharing.md#splicing).",
+        "pass takes as long as 118 tokens: short runs do not pay there, and are left alone. 3 of "
+        "10 timed requests each were near ties, and computed again. `overhead_f` is not "
+        "splicing's: mode exact is as slow there. What splicing changes in which kind of prompt is "
+        "in [sharing.md](sharing.md#splicing).",
         SPLICE_BARS,
     ),
     Section(
         "splice_two_passes",
         "Splicing before head and tail shared a pass",
-        "The run before, two passes a splice and without the shift, on a machine where a pass takes "
-        "as long as 57 tokens.",
+        "The run before, two passes a splice and without the shift, on a machine where a pass "
+        "takes as long as 57 tokens.",
         SPLICE_BARS,
     ),
     Section(
