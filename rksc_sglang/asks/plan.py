@@ -80,14 +80,14 @@ class Planner(NamedTuple):
         least = options[0][1] - self.min_tokens
         return Take([option for option in options if option[1] > least])
 
-    def next_stretch(self, runs: Sequence[Run], ready: int, limit: int) -> Compute | None:
-        """As :meth:`next_step`, where what can be taken at once is a stretch that begins here."""
-        step = self.next_step(runs, ready, limit)
-        return Compute(ready, step.options[0][1] - ready) if isinstance(step, Take) else step
-
     def stretches(self, runs: Sequence[Run], ready: int, limit: int) -> Iterator[Compute]:
-        """All that could be taken over, one :meth:`next_stretch` after the other."""
-        while (step := self.next_stretch(runs, ready, limit)) is not None:
+        """All that could be taken over, one after the other.
+
+        As :meth:`next_step`, where what can be taken at once is a stretch that begins at ``ready``.
+        """
+        while (step := self.next_step(runs, ready, limit)) is not None:
+            if isinstance(step, Take):
+                step = Compute(ready, step.options[0][1] - ready)
             yield step
             ready = step.stop + step.gain
 

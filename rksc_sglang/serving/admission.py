@@ -57,7 +57,8 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
 
     def _join(self, req: Req, stage: Req) -> Req | None:
         try:
-            return self.splicer.join(req, stage, self.rem_chunk_tokens)
+            slots = int(self.memory_budget.remaining_current)
+            return self.splicer.join(req, stage, self.rem_chunk_tokens, slots)
         except Exception:
             logger.exception("RKSC: %s cannot share the pass of its stage", req.rid)
             self.on_error("splice")

@@ -167,13 +167,10 @@ class Splicer:
         """Where a stage that starts behind ``ready`` must end for the next run that pays."""
         # Who asks for splices of any similarity wants to see them, whatever they cost.
         cost = self.cost if state.tau > 0 else None
-        while True:
-            step = self.planner.next_stretch(runs, ready, limit)
-            if step is None:
-                return None
-            if cost is None or cost.saved(step.gain, passes) > 0:
-                return step.stop
-            ready = step.stop + step.gain
+        for stretch in self.planner.stretches(runs, ready, limit):
+            if cost is None or cost.saved(stretch.gain, passes) > 0:
+                return stretch.stop
+        return None
 
     def _find(self, req: Req, state: SpliceState, tokens: np.ndarray, ready: int) -> list[Run]:
         assert self.cache.index is not None
@@ -281,12 +278,13 @@ class Splicer:
             self._promise(stage, load)
         return stage
 
-    def join(self, req: Req, stage: Req, room: int | None) -> Req | None:
+    def join(self, req: Req, stage: Req, room: int | None, slots: int) -> Req | None:
         """What may be admitted behind a stage, and share its pass.
 
         Args:
             req: that the stage, which has just been admitted, is for.
             room: tokens that the pass may still compute, None for any number.
+            slots: that are free or can be made so, and are promised to nobody.
 
         Returns:
             The request, with a load of which ``stage`` computes the head; or its next stage, with
@@ -309,8 +307,10 @@ class Splicer:
         run, stop = step.options[0]
         load = Load(state, run, ready - run.start, stop - run.start, self.planner.head, stage=stage)
         follower = self._take(req, state, load, runs, limit) or req
-        length = len(follower.full_untruncated_fill_ids) - req.prefix_len - load.tokens
-        if room is not None and length > room:
+        length = len(follower.full_untruncated_fill_ids) - req.prefix_len
+        # The donor stays until the pass has run; stage, load and the rest may need a page more.
+        needed = length + run.donor_start + len(run.slots) + 3 * self.planner.page_size
+        if (room is not None and length - load.tokens > room) or needed > slots:
             self.cache.loads.pop(follower.rid, None)
             return None
         return follower

@@ -86,6 +86,16 @@ class Load(NamedTuple):
         return len(self.state.private) + self.staged + self.stop - self.first
 
     @property
+    def copied(self) -> slice:
+        """Of the run's tokens."""
+        return slice(self.first, self.stop)
+
+    @property
+    def recomputed(self) -> slice:
+        """Of the run's tokens, those that are its head."""
+        return slice(self.first - self.head_tokens, self.first)
+
+    @property
     def delta(self) -> int:
         """Positions by which keys move, new minus old."""
         return self.run.start - self.run.donor_start if self.run is not None else 0
@@ -234,19 +244,20 @@ class SplicingRadixCache(RkscRadixCache):
 
     def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
         assert self._copy is not None
-        evict_from_tree_cache(self, load.staged + load.stop - load.first)
-        slots = self.token_to_kv_pool_allocator.alloc(load.staged + load.stop - load.first)
+        count = load.tokens - len(load.state.private)
+        evict_from_tree_cache(self, count)
+        slots = self.token_to_kv_pool_allocator.alloc(count)
         if slots is None:
             return None
         donor = donor.to(slots.device)
         head = load.head.to(slots.device) if load.head is not None else None
         try:
             self._copy(
-                donor[load.first : load.stop],
+                donor[load.copied],
                 slots[load.staged :],
                 load.delta,
                 head,
-                donor[load.first - load.head_tokens : load.first],
+                donor[load.recomputed],
             )
         except BaseException:
             self.token_to_kv_pool_allocator.free(slots)
@@ -258,7 +269,7 @@ class SplicingRadixCache(RkscRadixCache):
     ) -> None:
         """What is in front of the copy follows in the pass."""
         own, target = slots[: load.staged], slots[load.staged :]
-        donor_head = donor[load.first - load.head_tokens : load.first].to(slots.device)
+        donor_head = donor[load.recomputed].to(slots.device)
         run = Spliced(own[:0], donor_head, target, load.delta)
         self.joints.append(Joint(req, load, own, run, lock))
 

@@ -471,7 +471,7 @@ def test_a_failing_index_ends_splicing_and_nothing_else(scheduler):
 
 @pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
 def joining(request, make_cache, make_req):
-    return Scheduler(make_cache, make_req, page_size=request.param, joins=True)
+    return Scheduler(make_cache, make_req, 400, page_size=request.param, joins=True)
 
 
 def test_context_head_and_tail_share_a_pass(joining):
@@ -490,6 +490,18 @@ def test_context_head_and_tail_share_a_pass(joining):
     again = joining.send("c", [4, 6, 7, 8, *DOC, 9], tau=None)
     joining.serve(again)
     assert again.cached_tokens in (4, 6, 8)
+    joining.check()
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("capacity", range(84, 168, 4))
+def test_a_pool_that_is_too_small_for_both_at_once(make_cache, make_req, page_size, capacity):
+    """The donor must stay until the pass has run, which needs what was promised to the stage."""
+    joining = Scheduler(make_cache, make_req, capacity, page_size, joins=True)
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    reqs = [joining.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(4, 6)]
+    joining.serve(*reqs)
+    assert capacity < 120 or "joined_splices" in joining.counts
     joining.check()
 
 
