@@ -28,6 +28,9 @@ DOCUMENT = (
     "had been made in France, should not be sold. It is still there, in the museum by the harbour, "
     "and on the first Sunday of each month a volunteer cleans it with vinegar and a soft cloth."
 )
+# Long enough to be worth a pass on any machine.
+LONG = "\n\n".join([DOCUMENT, DOCUMENT.replace("lighthouse", "windmill").replace("lens", "stone")])
+OTHER = LONG.replace("lamp", "wheel").replace("keeper", "warden").replace("Agnes", "Ruth")
 SYSTEMS = [
     "You answer questions in a few words.",
     "You are a historian. Answer in one short sentence, and only from the text.",
@@ -211,8 +214,8 @@ def test_input_logprobs_over_the_run_are_exact(splicing):
 def test_siblings_that_arrive_together_wait_for_one_donor(splicing):
     answers = [None] * len(SYSTEMS)
 
-    def send(number):
-        answers[number] = ask(splicing, prompt(number), "similar", "together")
+    def send(number):  # sampled: no near tie is doubted
+        answers[number] = ask(splicing, prompt(number, LONG), "similar", "together", temperature=1)
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(len(SYSTEMS))]
     for thread in threads:
@@ -223,10 +226,9 @@ def test_siblings_that_arrive_together_wait_for_one_donor(splicing):
 
 
 def test_documents_in_another_order(splicing):
-    other = DOCUMENT.replace("lighthouse", "mill").replace("lamp", "wheel")
-    ask(splicing, prompt(0, f"{DOCUMENT}\n\n{other}"), "similar", "order")
-    answer = ask(splicing, prompt(0, f"{other}\n\n{DOCUMENT}"), "similar", "order")
-    assert info(answer)["spliced_tokens"] > 200
+    ask(splicing, prompt(0, f"{LONG}\n\n{OTHER}"), "similar", "order")
+    answer = ask(splicing, prompt(0, f"{OTHER}\n\n{LONG}"), "similar", "order", temperature=1)
+    assert info(answer)["spliced_tokens"] > 400, info(answer)
 
 
 def test_the_openai_routes_say_it_too(splicing):
