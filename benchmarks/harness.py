@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -59,6 +59,8 @@ class Condition:
     group: str = ""
 
 
+#: In its first half minute RKSC measures what a prefill costs: it and the others must be idle.
+SETTLING_SECONDS = 30
 #: Whose versions a result is of.
 PACKAGES = ("rksc-sglang", "sglang", "torch", "transformers")
 
@@ -177,6 +179,25 @@ def run(
     return report(result, args.json)
 
 
+@contextmanager
+def start_together(flags: Mapping[str, Sequence[str]]) -> Iterator[dict[str, ServerProcess]]:
+    """Servers that are up, idle, and have settled, by the names that their flags have.
+
+    They start at the same time: of two equal servers that started one after the other, the second
+    was faster by up to a fifth.
+    """
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        servers = {
+            name: stack.enter_context(ServerProcess(list(own), log=logs / f"{name}.log"))
+            for name, own in flags.items()
+        }
+        for server in servers.values():
+            server.wait_ready()
+        time.sleep(SETTLING_SECONDS)
+        yield servers
+
+
 def _measure(
     conditions: Sequence[Condition],
     cases: Sequence[Case],
@@ -186,14 +207,7 @@ def _measure(
 ) -> Iterator[Row]:
     """Rows of conditions whose servers are up at the same time."""
     bar = progress.add_task("starting servers", total=None)
-    with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {
-            c.name: stack.enter_context(ServerProcess(list(c.flags), log=logs / f"{c.name}.log"))
-            for c in conditions
-        }
-        for server in servers.values():
-            server.wait_ready()
+    with start_together({c.name: c.flags for c in conditions}) as servers:
         total = (repeats + 1) * len(cases) * len(conditions)
         progress.update(bar, description="measuring", total=total)
         for repeat in range(-1, repeats):  # -1 warms up: first calls allocate and compile

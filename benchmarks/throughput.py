@@ -23,12 +23,9 @@ import argparse
 import json
 import random
 import sys
-import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkError, Row
+from benchmarks.harness import BenchmarkError, Row, start_together
 from benchmarks.load import work
 from benchmarks.programs import (
     PROGRAMS,
@@ -66,15 +63,13 @@ from benchmarks.throughput_tasks import (
 )
 from rksc_sglang.demo.questions import QuestionsError
 from rksc_sglang.models.smollm2 import ensure_smollm2
-from rksc_sglang.server_process import ServerFailedError, ServerProcess
+from rksc_sglang.server_process import ServerFailedError
 
 #: Of what SGLang at its best can do in a closed loop, the rate at which problems arrive.
 OPEN_SHARE = 0.7
 #: A program has fewer generations at the same time.
 LENGTHS = 12
 SEARCHES = ("tree_of_thought", "beam_search")
-#: In its first half minute RKSC measures what a prefill costs, which would slow down the others.
-SETTLING_SECONDS = 30
 WARM_UP = Task("What is 3 + 4?", lambda answer: False, (4,))
 
 
@@ -306,38 +301,24 @@ def measure(
         name: [*common, *SERVERS[name], *(profile if name in OURS else [])]
         for name in dict.fromkeys(name for part in args.part for name in PARTS[part])
     }
-    with (
-        Progress(
-            *Progress.get_default_columns()[:3],
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        ) as progress,
-        ExitStack() as stack,
-    ):
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("starting servers", total=None)
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        processes = {
-            name: stack.enter_context(ServerProcess(flags[name], log=logs / f"{name}.log"))
-            for name in flags
-        }
-        for process in processes.values():
-            process.wait_ready()
-        time.sleep(SETTLING_SECONDS)
-        servers = {name: Server(name, process) for name, process in processes.items()}
-        progress.remove_task(bar)
-        for name in args.part:
-            part = Part(name, args, sizes, model, servers)
-            rows = list(progress.track(part.measure(), part.runs, description=name))
-            run = {
-                "part": name,
-                "model": part.model,
-                "argv": sys.argv[1:],
-                "flags": {server: flags[server] for server in PARTS[name]},
-                "mechanisms": {c.name: asdict(c.mechanisms) for c in part.conditions},
-                "rksc": servers[RKSC].status(),
-            }
-            on_part(rows, run)
+        with start_together(flags) as processes:
+            progress.remove_task(bar)
+            servers = {name: Server(name, process) for name, process in processes.items()}
+            for name in args.part:
+                part = Part(name, args, sizes, model, servers)
+                rows = list(progress.track(part.measure(), part.runs, description=name))
+                run = {
+                    "part": name,
+                    "model": part.model,
+                    "argv": sys.argv[1:],
+                    "flags": {server: flags[server] for server in PARTS[name]},
+                    "mechanisms": {c.name: asdict(c.mechanisms) for c in part.conditions},
+                    "rksc": servers[RKSC].status(),
+                }
+                on_part(rows, run)
 
 
 def stored(path: Path | None) -> tuple[list[Row], list[Row]]:

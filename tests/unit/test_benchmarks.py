@@ -123,6 +123,7 @@ class FakeServer:
 def measured(monkeypatch):
     """Rows of two groups, and what each call of a case saw."""
     monkeypatch.setattr(harness, "ServerProcess", FakeServer)
+    monkeypatch.setattr(harness, "SETTLING_SECONDS", 0)
     monkeypatch.setattr(harness, "report", lambda result, path: result)
     calls = []
 
@@ -155,6 +156,7 @@ def test_pairs_are_the_same_work(measured):
 
 def test_a_failed_condition_reports_nothing(monkeypatch):
     monkeypatch.setattr(harness, "ServerProcess", FakeServer)
+    monkeypatch.setattr(harness, "SETTLING_SECONDS", 0)
     monkeypatch.setattr(harness, "report", lambda *_: pytest.fail("reported"))
 
     def case(url, rng):
