@@ -57,8 +57,7 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
 
     def _join(self, req: Req, stage: Req) -> Req | None:
         try:
-            slots = int(self.memory_budget.remaining_current)
-            return self.splicer.join(req, stage, self.rem_chunk_tokens, slots)
+            return self.splicer.join(req, stage, self.rem_chunk_tokens, self.cur_rem_tokens)
         except Exception:
             logger.exception("RKSC: %s cannot share the pass of its stage", req.rid)
             self.on_error("splice")

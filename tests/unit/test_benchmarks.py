@@ -120,10 +120,14 @@ class FakeServer:
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """Rows of two groups, and what each call of a case saw."""
+def fake_servers(monkeypatch):
     monkeypatch.setattr(harness, "ServerProcess", FakeServer)
     monkeypatch.setattr(harness, "SETTLING_SECONDS", 0)
+
+
+@pytest.fixture
+def measured(fake_servers, monkeypatch):
+    """Rows of two groups, and what each call of a case saw."""
     monkeypatch.setattr(harness, "report", lambda result, path: result)
     calls = []
 
@@ -154,9 +158,7 @@ def test_pairs_are_the_same_work(measured):
     assert [url for url, _ in calls[:12:2]] != ["a1"] * 6  # the order of conditions varies
 
 
-def test_a_failed_condition_reports_nothing(monkeypatch):
-    monkeypatch.setattr(harness, "ServerProcess", FakeServer)
-    monkeypatch.setattr(harness, "SETTLING_SECONDS", 0)
+def test_a_failed_condition_reports_nothing(fake_servers, monkeypatch):
     monkeypatch.setattr(harness, "report", lambda *_: pytest.fail("reported"))
 
     def case(url, rng):
