@@ -107,7 +107,8 @@ class Scheduler:
     def shift(self, runs):
         def add(k_caches, v_caches):
             for run in runs:
-                source = next(s for s, t, _ in self.copied if t == run.target.tolist())
+                # The latest: slots are used again.
+                source = next(s for s, t, _ in self.copied[::-1] if t == run.target.tolist())
                 self._check_heads(run.head.tolist(), run.donor_head.tolist(), source[0])
 
         return SimpleNamespace(add=add)
