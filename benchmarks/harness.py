@@ -59,7 +59,7 @@ class Condition:
     group: str = ""
 
 
-#: In its first half minute RKSC measures what a prefill costs: it and the others must be idle.
+#: RKSC measures what a prefill costs, mostly in its first half minute: all must be idle then.
 SETTLING_SECONDS = 30
 #: Whose versions a result is of.
 PACKAGES = ("rksc-sglang", "sglang", "torch", "transformers")

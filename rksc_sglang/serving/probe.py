@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 #: Tokens of the prefills, each done twice a round: the first time also allocates and compiles.
 SHORT, LONG = 16, 256
 #: Rounds, from the server's start on, and seconds between the first two; each pause is twice the
-#: one before. Other programs that start at the same time make a single round worthless.
-ROUNDS, PAUSE = 5, 1.0
+#: one before, so that the last comes after 9 minutes: where other programs start or work at the
+#: same time, as many servers do, single rounds are worthless.
+ROUNDS, PAUSE = 10, 1.0
 
 
 class CostProbe:
