@@ -79,4 +79,5 @@ class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
     def post_load_model(self, model: torch.nn.Module) -> None:
         from rksc_sglang import linear_cpu
 
-        linear_cpu.use_in(model)
+        if linear_cpu.pays():
+            linear_cpu.use_in(model)

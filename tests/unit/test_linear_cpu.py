@@ -11,6 +11,18 @@ from sglang.srt.layers.quantization.unquant import (
 from rksc_sglang import linear_cpu
 
 
+@pytest.mark.parametrize(
+    ("processor", "pays"),
+    [("vendor_id\t: GenuineIntel\n", False), ("vendor_id\t: AuthenticAMD\n", True)],
+)
+@pytest.mark.parametrize("linux", [True, False])
+def test_intels_processors_are_left_alone(monkeypatch, processor, pays, linux):
+    monkeypatch.setattr(linear_cpu.Path, "exists", lambda path: linux)
+    monkeypatch.setattr(linear_cpu.Path, "read_text", lambda path: processor)
+    monkeypatch.setattr(linear_cpu.platform, "processor", lambda: processor)
+    assert linear_cpu.pays() == pays
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0,), (1,), (2,), (16,), (64,), (65,), (3, 5), (2, 1)])

@@ -55,12 +55,15 @@ def test_products_can_be_timed_in_both_types(dtype):
     assert platform._product_seconds(dtype) > 0
 
 
-def test_layers_get_the_cpu_products_after_loading():
+@pytest.mark.parametrize("pays", [True, False])
+def test_layers_get_the_cpu_products_after_loading(monkeypatch, pays):
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    from rksc_sglang.linear_cpu import CpuLinearMethod
+    from rksc_sglang import linear_cpu
 
+    monkeypatch.setattr(linear_cpu, "pays", lambda: pays)
     layer = torch.nn.Linear(2, 3)
     layer.quant_method = UnquantizedLinearMethod()
     platform.PortableCpuPlatform().post_load_model(torch.nn.Sequential(layer))
-    assert type(layer.quant_method) is CpuLinearMethod
+    expected = linear_cpu.CpuLinearMethod if pays else UnquantizedLinearMethod
+    assert type(layer.quant_method) is expected
