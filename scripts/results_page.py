@@ -111,11 +111,10 @@ SECTIONS = (
         "splice",
         "Splicing: the same text behind another context",
         "Mode balanced on SmolLM2, against full recompute on the same server, on a machine where a "
-        "pass takes as long as 118 tokens: short runs do not pay there, and are left alone. 3 of "
-        "10 timed requests each were near ties, and computed again. Our server was started before "
-        "the stock one, and of two equal servers the second to start is up to a fifth faster "
-        "there: all ratios are on the low side, `overhead_f` most clearly. What splicing changes "
-        "in which kind of prompt is in [sharing.md](sharing.md#splicing).",
+        "pass takes as long as 131 tokens: short runs do not pay there, and are left alone. 6 of "
+        "12 timed requests each were near ties, and computed again; without them the first two "
+        "figures are 5.6 and 4.6. What splicing changes in which kind of prompt is in "
+        "[sharing.md](sharing.md#splicing).",
         SPLICE_BARS,
     ),
     Section(
