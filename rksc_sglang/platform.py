@@ -1,7 +1,7 @@
-"""A portable CPU platform: SGLang's PyPI wheel on any x86 CPU, torch operators only.
+"""When SGLang runs on the portable CPU platform, and with which dtype.
 
-SGLang's own CPU engine needs AMX-era operators that only a source build has. This platform is
-chosen when the machine has no accelerator at all, and steps aside in every other case.
+It is chosen when the machine has no accelerator at all, and steps aside in every other case.
+Nothing of SGLang is imported here: SGLang loads this module in the middle of its own import.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ import os
 import time
 
 import torch
-from sglang.srt.platforms.cpu import CpuDeviceMixin
-from sglang.srt.platforms.device_mixin import PlatformEnum
-from sglang.srt.platforms.interface import SRTPlatform
 
-_CLASS = "rksc_sglang.platform.PortableCpuPlatform"
+_CLASS = "rksc_sglang.platform_cpu.PortableCpuPlatform"
 
 
 def has_accelerator() -> bool:
@@ -57,27 +54,3 @@ def activate() -> str | None:
     if has_accelerator() or os.getenv("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return _CLASS
-
-
-class PortableCpuPlatform(SRTPlatform, CpuDeviceMixin):
-    """CPU device operations of SGLang with the ``forward_native`` form of every fused operator."""
-
-    # OOT, not CPU: SGLang reads CPU as "the AMX operators are there".
-    _enum = PlatformEnum.OOT
-    device_name = "cpu"
-    device_type = "cpu"
-
-    def get_default_attention_backend(self) -> str:
-        return "torch_native"
-
-    def get_dispatch_key_name(self) -> str:
-        return "native"
-
-    def get_compile_backend(self, mode: str | None = None) -> str:
-        return "eager"
-
-    def post_load_model(self, model: torch.nn.Module) -> None:
-        from rksc_sglang import linear_cpu
-
-        if linear_cpu.pays():
-            linear_cpu.use_in(model)

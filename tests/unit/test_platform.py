@@ -7,7 +7,7 @@ from rksc_sglang import platform
 def test_it_is_there_on_a_machine_without_accelerator(monkeypatch):
     monkeypatch.setattr(platform, "has_accelerator", lambda: False)
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
-    assert platform.activate() == "rksc_sglang.platform.PortableCpuPlatform"
+    assert platform.activate() == "rksc_sglang.platform_cpu.PortableCpuPlatform"
 
 
 @pytest.mark.parametrize("device", ["torch.cuda", "torch.xpu", "torch.mps"])
@@ -27,7 +27,9 @@ def test_sglang_takes_it():
         pytest.skip("this machine has an accelerator")
     from sglang.srt.platforms import current_platform
 
-    assert isinstance(current_platform, platform.PortableCpuPlatform)
+    from rksc_sglang.platform_cpu import PortableCpuPlatform
+
+    assert isinstance(current_platform, PortableCpuPlatform)
     assert current_platform.get_dispatch_key_name() == "native"
 
 
@@ -60,10 +62,11 @@ def test_layers_get_the_cpu_products_after_loading(monkeypatch, pays):
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
     from rksc_sglang import linear_cpu
+    from rksc_sglang.platform_cpu import PortableCpuPlatform
 
     monkeypatch.setattr(linear_cpu, "pays", lambda: pays)
     layer = torch.nn.Linear(2, 3)
     layer.quant_method = UnquantizedLinearMethod()
-    platform.PortableCpuPlatform().post_load_model(torch.nn.Sequential(layer))
+    PortableCpuPlatform().post_load_model(torch.nn.Sequential(layer))
     expected = linear_cpu.CpuLinearMethod if pays else UnquantizedLinearMethod
     assert type(layer.quant_method) is expected
