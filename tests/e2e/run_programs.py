@@ -1,4 +1,4 @@
-"""Run SGLang's own test programs against a server: ``run_programs.py URL`` prints JSON.
+"""Run SGLang's own test programs against a server: ``run_programs.py URL [NAME ...]`` prints JSON.
 
 Each program's outcome is "ran", the name of the exception, or "hangs": stock SGLang's interpreter
 waits for ever in a program that appends to a state that has failed.
@@ -15,7 +15,7 @@ import warnings
 HANGS_AFTER_SECONDS = 45
 
 
-def main(url: str) -> None:
+def main(url: str, *chosen: str) -> None:
     warnings.simplefilter("ignore")
     import sglang as sgl
     from sglang.test import test_programs
@@ -25,6 +25,7 @@ def main(url: str) -> None:
         name: program
         for name, program in vars(test_programs).items()
         if name.startswith("test_") and inspect.isfunction(program)
+        if not chosen or name in chosen
     }
     outcomes = dict.fromkeys(programs, "hangs")
 
@@ -51,4 +52,4 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
