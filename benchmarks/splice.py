@@ -50,7 +50,7 @@ LABELS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: a full run is meant to take about an hour on 2 cores."""
+    """How much of everything; the full run takes about an hour on 2 cores."""
 
     persona: int = 28
     groups: int = 11
