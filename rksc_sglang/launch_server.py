@@ -23,6 +23,10 @@ CPU_FLAGS = {
     "--sleep-on-idle": None,
 }
 
+#: For SGLang's processes there, where the user's has none: weights in huge pages. A pass of few
+#: tokens reads all of them, and took 1.1 times as long without.
+CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 #: SGLang sizes the KV pool by free memory, which on a CPU is the user's own: 64 Ki tokens of the
 #: embedded model are 3 GB. The fraction only matters to SGLang's check that they fit, which fails
 #: at its default when other programs take memory during the start.
@@ -94,6 +98,18 @@ def with_defaults(argv: Sequence[str], defaults: Mapping[str, str | None]) -> li
         if name not in given:
             result += [name] if value is None else [name, value]
     return result
+
+
+def with_cpu_settings(argv: Sequence[str]) -> list[str]:
+    """Choose what suits a machine without an accelerator, where the user did not.
+
+    Environment variables are set in this process, and used by those that it starts.
+    """
+    from rksc_sglang.platform import default_dtype
+
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return with_defaults(argv, {**CPU_FLAGS, "--dtype": default_dtype()})
 
 
 def check_supported(server_args: Any) -> None:
@@ -171,14 +187,14 @@ def prepare(argv: Sequence[str]) -> tuple[RkscConfig, Any]:
     from sglang.srt.plugins import load_plugins
 
     from rksc_sglang import compat
-    from rksc_sglang.platform import default_dtype, has_accelerator
+    from rksc_sglang.platform import has_accelerator
 
     compat.check_version()
     load_plugins()
     if config.enabled:
         compat.check_registrations()
     if not has_accelerator():
-        rest = with_defaults(rest, {**CPU_FLAGS, "--dtype": default_dtype()})
+        rest = with_cpu_settings(rest)
     if not any(arg.split("=")[0] in ("--model-path", "--model", "--config") for arg in rest):
         from rksc_sglang.models import ensure_model
 

@@ -1,8 +1,10 @@
 """The launcher refuses before it loads anything, with one line and exit status 2."""
 
+import os
+
 import pytest
 
-from rksc_sglang.launch_server import main
+from rksc_sglang.launch_server import main, with_cpu_settings
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,20 @@ def test_help_explains_our_flags_and_sglangs(capsys):
     text = capsys.readouterr().out
     assert "--rksc-mode" in text
     assert "--mem-fraction-static" in text
+
+
+def test_cpu_settings_are_those_that_the_user_did_not_choose(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # has it restored behind this test
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    chosen = with_cpu_settings(["--dtype", "float16", "--attention-backend=torch_native"])
+    assert chosen[:2] == ["--dtype", "float16"]
+    assert chosen.count("--dtype") == 1
+    assert "rksc_cpu" not in chosen
+    assert chosen[chosen.index("--device") + 1] == "cpu"
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
+def test_an_environment_that_the_user_chose_is_kept(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    with_cpu_settings([])
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1"
