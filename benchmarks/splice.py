@@ -5,18 +5,25 @@ no donor. Speed: stock SGLang on the same attention backend gets the same prompt
 spliced counts for coverage, never for agreement. The families of prompts are in ``splice_cases``;
 those of ``e_adversarial`` are tried until enough are found whose full answers differ from the
 donor's.
+
+Parts, with the minutes that a full run takes on 2 cores: timing (15), quality (30 to 60) and curves
+(10 to 30). With the same --json file, a part that is measured again takes the place of what it was,
+and the others are kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,17 +34,19 @@ from rich.progress import Progress
 from benchmarks import harness, splice_cases
 from benchmarks.harness import BenchmarkError, Row, together
 from benchmarks.splice_cases import (
+    ADVERSARIAL,
     PERSONAS,
     Shelf,
     SpliceCase,
     chat,
 )
-from benchmarks.splice_summary import common_length, plot, print_families
+from benchmarks.splice_summary import TIMINGS, common_length, plot, print_families
 from benchmarks.splice_summary import summarise as summarise  # where benchmarks.summarise looks
 from benchmarks.text import machine_texts
 from rksc_sglang.contract import DOUBTED
 from rksc_sglang.models.smollm2 import ensure_smollm2
 
+PARTS = ("timing", "quality", "curves")
 SIMILAR, EXACT = "similar", "exact"
 STEPS = 16
 #: Of an adversarial prompt's greedy tokens, those that are its answer.
@@ -402,8 +411,21 @@ def quality_cases(shelf: Shelf, sizes: Sizes) -> list[SpliceCase]:
     ]
 
 
-def measure(args: Any, sizes: Sizes, progress: Progress) -> tuple[list[Row], dict[str, Any]]:
-    """All rows, and the configuration that they were taken with."""
+def part_of(row: Row) -> str:
+    """Which of the parts a row is of."""
+    if row["workload"] in (*TIMINGS, "f_nothing"):
+        return "timing"
+    return "quality" if row["condition"] == "rksc" else "curves"
+
+
+def measure(
+    args: argparse.Namespace, sizes: Sizes, progress: Progress, rows: list[Row]
+) -> Iterator[dict[str, Any]]:
+    """Measure the parts asked for; gives the configuration after each.
+
+    Args:
+        rows: of earlier runs; those of a part make room for new ones.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     model = str(args.model_path or ensure_smollm2())
@@ -411,11 +433,16 @@ def measure(args: Any, sizes: Sizes, progress: Progress) -> tuple[list[Row], dic
     vocabulary = AutoConfig.from_pretrained(model).vocab_size
     problems = splice_cases.word_problems(args.questions) if args.questions else []
     texts = machine_texts()
-    seeds = random.Random(args.seed)
     flags = ["--model-path", model, "--max-total-tokens", "32768", "--dtype", "float32"]
+    balanced = ("--rksc-mode", "balanced")
 
-    def shelf() -> Shelf:
-        return Shelf(texts, problems, seeds.getrandbits(32))
+    # All is drawn whatever is measured: a part has the same work with and without the others.
+    seeds = random.Random(args.seed)
+    timed, judged = (Shelf(texts, problems, seeds.getrandbits(32)) for _ in range(2))
+    cases = quality_cases(judged, sizes)
+    order = seeds.sample(list(enumerate(cases)), len(cases))
+    edits, grown = (Shelf(texts, problems, seeds.getrandbits(32)) for _ in range(2))
+    edited = list(itertools.islice(splice_cases.adversarial_cases(edits), 5 * sizes.adversarial))
 
     def tokenize(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -428,41 +455,54 @@ def measure(args: Any, sizes: Sizes, progress: Progress) -> tuple[list[Row], dic
         with harness.start_together({name: [*flags, *own] for name, own in more.items()}) as up:
             yield {name: Client(process.url, vocabulary) for name, process in up.items()}
 
-    def collect(description: str, new: Iterable[Row]) -> list[Row]:
+    def collect(description: str, new: Iterable[Row]) -> None:
         bar = progress.add_task(description, total=None)
-        collected = []
-        for row in new:
-            collected.append(row)
-            progress.update(bar, description=f"{description}: {len(collected)} rows")
-        return collected
+        for number, row in enumerate(new, 1):
+            rows.append(row)
+            progress.update(bar, description=f"{description}: {number} rows")
 
-    balanced = ("--rksc-mode", "balanced")
-    rows: list[Row] = []
-    with servers(rksc=balanced, stock=["--rksc-mode", "off"]) as clients:
-        client = clients["rksc"]
-        rows += collect("timing", time_against_stock(clients, shelf(), cut, sizes))
-        quality = Quality(client, "rksc", tokenize)
-        cases = quality_cases(shelf(), sizes)
-        order = seeds.sample(list(enumerate(cases)), len(cases))
-        rows += collect("quality", compare(quality, order))
-        edits = itertools.islice(splice_cases.adversarial_cases(shelf()), 5 * sizes.adversarial)
-        edited = list(edits)
-        tried = collect("near-duplicates", quality.adversarial(edited, sizes.adversarial))
-        rows += tried
-        status = client.rksc_status()
-        rows.append({"workload": "status", "condition": "rksc", **status["ranks"][0]})
-    curve = _some(cases, sizes.curve_cases)
-    differing = [row["position"] for row in tried if row["answers_differ"]]
-    curve += [(n, edited[n]) for n in differing[: 2 * sizes.curve_cases]]
-    for head in sizes.heads:
-        with servers(curve=[*balanced, "--rksc-splice-head", str(head)]) as clients:
-            quality = Quality(clients["curve"], f"head={head}", tokenize)
-            rows += collect(f"head of {head}", compare(quality, curve))
-    with servers(curve=[*balanced, "--rksc-splice-min-tokens", "8"]) as clients:
-        quality = Quality(clients["curve"], "min_tokens=8", tokenize)
-        lengths = splice_cases.length_cases(shelf(), sizes.lengths, sizes.each_length)
-        rows += collect("lengths", compare(quality, list(enumerate(lengths))))
-    return rows, {"rksc": status["config"], "flags": [*flags, *balanced]}
+    def config(client: Client) -> dict[str, Any]:
+        return {"rksc": client.rksc_status()["config"], "flags": [*flags, *balanced]}
+
+    def timing() -> dict[str, Any]:
+        with servers(rksc=balanced, stock=["--rksc-mode", "off"]) as clients:
+            collect("timing", time_against_stock(clients, timed, cut, sizes))
+            return config(clients["rksc"])
+
+    def quality() -> dict[str, Any]:
+        with servers(rksc=balanced) as clients:
+            client = clients["rksc"]
+            quality = Quality(client, "rksc", tokenize)
+            collect("quality", compare(quality, order))
+            collect("near-duplicates", quality.adversarial(edited, sizes.adversarial))
+            status = client.rksc_status()["ranks"][0]
+            rows.append({"workload": "status", "condition": "rksc", **status})
+            return config(client)
+
+    def curves() -> dict[str, Any]:
+        differing = [
+            row["position"]
+            for row in rows
+            if row["workload"] == ADVERSARIAL
+            and part_of(row) == "quality"
+            and row["answers_differ"]
+        ]
+        curve = _some(cases, sizes.curve_cases)
+        curve += [(n, edited[n]) for n in differing[: 2 * sizes.curve_cases]]
+        for head in sizes.heads:
+            with servers(curve=[*balanced, "--rksc-splice-head", str(head)]) as clients:
+                quality = Quality(clients["curve"], f"head={head}", tokenize)
+                collect(f"head of {head}", compare(quality, curve))
+        with servers(curve=[*balanced, "--rksc-splice-min-tokens", "8"]) as clients:
+            quality = Quality(clients["curve"], "min_tokens=8", tokenize)
+            lengths = splice_cases.length_cases(grown, sizes.lengths, sizes.each_length)
+            collect("lengths", compare(quality, list(enumerate(lengths))))
+            return config(clients["curve"])
+
+    for part, work in zip(PARTS, (timing, quality, curves)):
+        if part in args.part:
+            rows[:] = [row for row in rows if part_of(row) != part]
+            yield work()
 
 
 def _some(cases: Sequence[SpliceCase], each: int) -> list[tuple[int, SpliceCase]]:
@@ -473,17 +513,29 @@ def _some(cases: Sequence[SpliceCase], each: int) -> list[tuple[int, SpliceCase]
     return chosen
 
 
+def stored(path: Path | None) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows and runs of a file that was written before."""
+    if path is None or not path.exists():
+        return [], []
+    result = json.loads(path.read_text())
+    return result["rows"], result["config"]["runs"]
+
+
 def main() -> None:
     parser = harness.parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--model-path", metavar="PATH", help="default: the embedded SmolLM2")
     args = parser.parse_args()
+    rows, runs = stored(args.json)
+    runs.append({"parts": args.part, "argv": sys.argv[1:], "machine": harness.machine()})
     with Progress(console=Console(stderr=True)) as progress:
-        rows, config = measure(args, QUICK if args.quick else Sizes(), progress)
-    result = harness.make_result("benchmarks.splice", args, rows, **config)
-    if args.json:
-        # An hour's rows are kept even where they make no summary: benchmarks.summarise reads them.
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result) + "\n")
+        for config in measure(args, QUICK if args.quick else Sizes(), progress, rows):
+            result = harness.make_result("benchmarks.splice", args, rows, runs=runs, **config)
+            if args.json:
+                # Kept also where they make no summary yet: benchmarks.summarise reads them.
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(result) + "\n")
     summary = harness.report(result, args.json)["summary"]
     print_families(summary["families"])
     if args.json:

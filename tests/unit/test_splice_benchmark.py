@@ -14,6 +14,7 @@ from benchmarks.splice_cases import (
     ADVERSARIAL,
     HINT,
     KINDS,
+    LENGTH,
     ORDER,
     PERSONA,
     VERIFIER,
@@ -448,3 +449,28 @@ def test_curves_are_drawn_beside_the_json(tmp_path, capsys):
     else:
         splice_summary.plot(curves, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("workload", "condition", "part"),
+    [
+        ("ttft_1k", "stock", "timing"),
+        ("fanout8_cold", "rksc", "timing"),
+        ("f_nothing", "rksc", "timing"),
+        (PERSONA, "rksc", "quality"),
+        (ADVERSARIAL, "rksc", "quality"),
+        ("status", "rksc", "quality"),
+        (PERSONA, "head=16", "curves"),
+        (LENGTH, "min_tokens=8", "curves"),
+    ],
+)
+def test_rows_of_each_part(workload, condition, part):
+    assert splice.part_of({"workload": workload, "condition": condition}) == part
+
+
+def test_a_file_of_earlier_parts_is_gone_on_with(tmp_path):
+    path = tmp_path / "splice.json"
+    assert splice.stored(path) == splice.stored(None) == ([], [])
+    rows, runs = [{"workload": PERSONA}], [{"parts": ["quality"]}]
+    path.write_text(json.dumps({"rows": rows, "config": {"runs": runs}}))
+    assert splice.stored(path) == (rows, runs)
