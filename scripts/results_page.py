@@ -111,9 +111,9 @@ SECTIONS = (
         "splice",
         "Splicing: the same text behind another context",
         "Mode balanced on SmolLM2, against full recompute on the same server, on a machine where a "
-        "pass takes as long as 131 tokens: short runs do not pay there, and are left alone. 6 of "
+        "pass takes as long as 126 tokens: short runs do not pay there, and are left alone. 6 of "
         "12 timed requests each were near ties, and computed again; without them the first two "
-        "figures are 5.6 and 4.6. What splicing changes in which kind of prompt is in "
+        "figures are 6.1 and 5.4. What splicing changes in which kind of prompt is in "
         "[sharing.md](sharing.md#splicing).",
         SPLICE_BARS,
     ),
