@@ -518,7 +518,7 @@ def stored(path: Path | None) -> tuple[list[Row], list[dict[str, Any]]]:
     if path is None or not path.exists():
         return [], []
     result = json.loads(path.read_text())
-    return result["rows"], result["config"]["runs"]
+    return result["rows"], result["config"].get("runs", [])
 
 
 def main() -> None:
