@@ -257,8 +257,7 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
 
     def write() -> None:
         if partial is not None:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(_dump(result))
+            store(result, partial)
 
     partial = path and path.with_suffix(".partial")
     write()
@@ -268,6 +267,20 @@ def report(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
     if path and partial:
         partial.replace(path)
     return result
+
+
+def store(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result as JSON, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_dump(result))
+
+
+def stored(path: Path | None) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows and runs of a file that earlier parts of a benchmark were written to."""
+    if path is None or not path.exists():
+        return [], []
+    result = json.loads(path.read_text())
+    return result["rows"], result["config"].get("runs", [])
 
 
 def _dump(result: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import harness, splice_cases
-from benchmarks.harness import BenchmarkError, Row, together
+from benchmarks.harness import BenchmarkError, Row, stored, together
 from benchmarks.splice_cases import (
     ADVERSARIAL,
     PERSONAS,
@@ -59,7 +58,7 @@ LABELS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; the full run takes about an hour on 2 cores."""
+    """How much of everything."""
 
     persona: int = 28
     groups: int = 11
@@ -472,9 +471,9 @@ def measure(
     def quality() -> dict[str, Any]:
         with servers(rksc=balanced) as clients:
             client = clients["rksc"]
-            quality = Quality(client, "rksc", tokenize)
-            collect("quality", compare(quality, order))
-            collect("near-duplicates", quality.adversarial(edited, sizes.adversarial))
+            judge = Quality(client, "rksc", tokenize)
+            collect("quality", compare(judge, order))
+            collect("near-duplicates", judge.adversarial(edited, sizes.adversarial))
             status = client.rksc_status()["ranks"][0]
             rows.append({"workload": "status", "condition": "rksc", **status})
             return config(client)
@@ -491,12 +490,12 @@ def measure(
         curve += [(n, edited[n]) for n in differing[: 2 * sizes.curve_cases]]
         for head in sizes.heads:
             with servers(curve=[*balanced, "--rksc-splice-head", str(head)]) as clients:
-                quality = Quality(clients["curve"], f"head={head}", tokenize)
-                collect(f"head of {head}", compare(quality, curve))
+                judge = Quality(clients["curve"], f"head={head}", tokenize)
+                collect(f"head of {head}", compare(judge, curve))
         with servers(curve=[*balanced, "--rksc-splice-min-tokens", "8"]) as clients:
-            quality = Quality(clients["curve"], "min_tokens=8", tokenize)
+            judge = Quality(clients["curve"], "min_tokens=8", tokenize)
             lengths = splice_cases.length_cases(grown, sizes.lengths, sizes.each_length)
-            collect("lengths", compare(quality, list(enumerate(lengths))))
+            collect("lengths", compare(judge, list(enumerate(lengths))))
             return config(clients["curve"])
 
     for part, work in zip(PARTS, (timing, quality, curves)):
@@ -513,14 +512,6 @@ def _some(cases: Sequence[SpliceCase], each: int) -> list[tuple[int, SpliceCase]
     return chosen
 
 
-def stored(path: Path | None) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows and runs of a file that was written before."""
-    if path is None or not path.exists():
-        return [], []
-    result = json.loads(path.read_text())
-    return result["rows"], result["config"].get("runs", [])
-
-
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -534,8 +525,7 @@ def main() -> None:
             result = harness.make_result("benchmarks.splice", args, rows, runs=runs, **config)
             if args.json:
                 # Kept also where they make no summary yet: benchmarks.summarise reads them.
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(result) + "\n")
+                harness.store(result, args.json)
     summary = harness.report(result, args.json)["summary"]
     print_families(summary["families"])
     if args.json:

@@ -20,7 +20,6 @@ programs of their own.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import warnings
@@ -34,7 +33,7 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import harness
-from benchmarks.harness import BenchmarkError, Row, start_together
+from benchmarks.harness import BenchmarkError, Row, start_together, stored
 from benchmarks.load import work
 from benchmarks.programs import (
     PROGRAMS,
@@ -319,14 +318,6 @@ def measure(
                     "rksc": servers[RKSC].status(),
                 }
                 on_part(rows, run)
-
-
-def stored(path: Path | None) -> tuple[list[Row], list[Row]]:
-    """Rows and runs of a file that earlier parts were written to."""
-    if path is None or not path.exists():
-        return [], []
-    result = json.loads(path.read_text())
-    return result["rows"], result["config"]["runs"]
 
 
 def merged(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
