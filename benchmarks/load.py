@@ -21,16 +21,19 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class Tokens(NamedTuple):
-    """What a server's forward passes have worked on since it started.
+class Done(NamedTuple):
+    """What a server has done since it started.
 
     Attributes:
         computed: tokens of prompts that were not cached.
         generated: tokens of answers, those of stopped branches included.
+        prefills, decodes: forward passes.
     """
 
     computed: int
     generated: int
+    prefills: int
+    decodes: int
 
 
 class Worked(NamedTuple):
@@ -80,11 +83,17 @@ class Meter:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def tokens(self) -> Tokens:
+    def done(self) -> Done:
         """Once the server is idle: an answer is counted when it has ended."""
         text = self._get("/metrics").text
-        computed = _total(text, r'sglang:realtime_tokens_total\{.*mode="prefill_compute"')
-        return Tokens(computed, _total(text, r"sglang:generation_tokens_total\{"))
+        # With CUDA graphs and without, which is what SGLang counts passes for.
+        passes = r'sglang:cuda_graph_passes_total\{.*mode="%s_'
+        return Done(
+            _total(text, r'sglang:realtime_tokens_total\{.*mode="prefill_compute"'),
+            _total(text, r"sglang:generation_tokens_total\{"),
+            _total(text, passes % "prefill"),
+            _total(text, passes % "decode"),
+        )
 
     def empty(self) -> None:
         """Wait until nothing runs, and empty the cache."""

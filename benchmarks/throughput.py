@@ -251,11 +251,11 @@ class Part:
         concurrency: int,
         arrivals: Sequence[float] | None = None,
     ) -> Row:
-        """The measurements of a row; counts are means over the problems."""
+        """The measurements of a row; tokens are means over the problems, passes of all."""
         server = self.servers[condition.server]
         server.process.check()
         server.meter.empty()
-        before = server.meter.tokens()
+        before = server.meter.done()
         try:
             with server.meter.peak() as peak:
                 worked = work(
@@ -270,7 +270,7 @@ class Part:
             server.process.check()
             raise BenchmarkError(f"{condition.name}: {workload.name}: {error!r}") from error
         server.meter.empty()  # what still runs belongs to this row
-        after = server.meter.tokens()
+        after = server.meter.done()
         right = [task.is_right(outcome.answer) for task, outcome in zip(tasks, worked.results)]
         return {
             "throughput": len(tasks) / worked.wall,
@@ -280,6 +280,8 @@ class Part:
             "right": [] if self.name == "paper" else right,  # its answers are cut off
             "computed_tokens": (after.computed - before.computed) / len(tasks),
             "generated_tokens": (after.generated - before.generated) / len(tasks),
+            "prefill_passes": float(after.prefills - before.prefills),
+            "decode_passes": float(after.decodes - before.decodes),
             "peak_kv_tokens": float(peak()),
         }
 
@@ -313,6 +315,7 @@ def measure(
                     "part": name,
                     "model": part.model,
                     "argv": sys.argv[1:],
+                    "machine": harness.machine(),
                     "flags": {server: flags[server] for server in PARTS[name]},
                     "mechanisms": {c.name: asdict(c.mechanisms) for c in part.conditions},
                     "rksc": servers[RKSC].status(),

@@ -134,12 +134,24 @@ def _percentiles(rows: Iterable[Row]) -> dict[str, float]:
 
 def _workloads(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Medians over rounds, and percentiles of the seconds a problem took."""
-    names = ("throughput", "computed_tokens", "generated_tokens", "peak_kv_tokens")
+    names = (
+        "throughput",
+        "computed_tokens",
+        "generated_tokens",
+        "prefill_passes",
+        "decode_passes",
+        "peak_kv_tokens",
+    )
     table: dict[str, dict[str, Any]] = defaultdict(dict)
     for workload, condition in dict.fromkeys((row["workload"], row["condition"]) for row in rows):
         some = [r for r in rows if (r["workload"], r["condition"]) == (workload, condition)]
         table[workload][condition] = {
-            **{name: float(np.median([row[name] for row in some])) for name in names},
+            # Older files have no passes.
+            **{
+                name: float(np.median([row[name] for row in some]))
+                for name in names
+                if all(name in row for row in some)
+            },
             **_percentiles(some),
             "accuracy": accuracy(some, condition) if some[0]["right"] else None,
         }

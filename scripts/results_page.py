@@ -245,6 +245,24 @@ def number(value: Any) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
 
 
+def machines(result: Mapping[str, Any]) -> str:
+    """What a result was taken on; its parts by name where they were on several machines."""
+    parts: dict[str, list[str]] = {}
+    for run in result["config"].get("runs", []):
+        if "machine" in run:
+            names = run.get("parts") or [run["part"]]
+            parts.setdefault(machine(run["machine"]), []).extend(names)
+    if len(parts) < 2:
+        return machine(result["machine"])
+    return "; ".join(
+        f"{', '.join(dict.fromkeys(names))} on {where}" for where, names in parts.items()
+    )
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    return found.get("device") or f"{found['processor']}, {found['cores']} cores"
+
+
 def lines() -> Iterator[str]:
     yield "# Results\n"
     yield (
@@ -258,11 +276,9 @@ def lines() -> Iterator[str]:
             continue
         result = json.loads(path.read_text())
         kind = "a quick run" if result["config"]["quick"] else "a full run"
-        found = result["machine"]
-        machine = found.get("device") or f"{found['processor']}, {found['cores']} cores"
         yield f"## {section.title}\n"
         yield f"{section.text}\n"
-        yield f"`python -m {result['benchmark']}`: {kind}, {machine}.\n"
+        yield f"`python -m {result['benchmark']}`: {kind}, {machines(result)}.\n"
         yield "| figure | measured | wanted |\n|---|---|---|"
         for name, wanted in section.figures.items():
             value = reduce(lambda at, key: at.get(key), name.split("/"), result["summary"])

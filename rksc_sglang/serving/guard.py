@@ -22,7 +22,12 @@ import torch
 
 from rksc_sglang.asks.harm import HarmMonitor
 from rksc_sglang.serving.doubt import Doubt
-from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
+from rksc_sglang.serving.internal import (
+    IDLE_SECONDS,
+    InternalState,
+    ModelFacts,
+    make_internal_req,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -31,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 #: Shadows that wait; each keeps a prompt and one row of logits.
 MAX_WAITING = 16
-#: Seconds without work before a shadow may run: bursts have shorter gaps.
-IDLE_SECONDS = 1.0
 #: Chance that splicing is ended for a tenant whom it does not harm.
 ALPHA = 0.05
 #: Nats; what is above counts as this much.

@@ -13,6 +13,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from rksc_sglang.serving.splice_state import SpliceState
 
+#: Seconds without work before a measurement of our own may run: bursts have shorter gaps.
+IDLE_SECONDS = 1.0
+
 
 @dataclass(eq=False)
 class InternalState:

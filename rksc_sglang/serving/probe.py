@@ -6,7 +6,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
+from rksc_sglang.serving.internal import (
+    IDLE_SECONDS,
+    InternalState,
+    ModelFacts,
+    make_internal_req,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -50,34 +55,38 @@ class CostProbe:
         self._started = 0.0
         self._passes = 0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether :meth:`on_idle` has something to do."""
-        if self._running is not None or self._left:
-            return True
-        return self._rounds > 0 and time.perf_counter() >= self._next
-
-    def on_idle(self, forward_passes: int) -> None:
-        """Called while the server is idle.
+    def on_idle(self, forward_passes: int) -> bool:
+        """Called again and again while the server is idle.
 
         Args:
             forward_passes: how many the server has made: one more means that ours ran alone.
+
+        Returns:
+            Whether a prefill was submitted.
         """
+        now = time.perf_counter()
         if self._running is not None:
-            tokens = len(self._running.origin_input_ids)
             if forward_passes == self._passes + 1:
-                seconds = time.perf_counter() - self._started
-                self._seconds[tokens] = min(seconds, self._seconds.get(tokens, seconds))
-                self._left.pop(0)
+                self._end_prefill(len(self._running.origin_input_ids), now - self._started)
+                self._passes = forward_passes
             self._running = None
-            if not self._left:
-                self._end_round()
-        elif not self._left:
+        if forward_passes != self._passes:
+            # Others' work: the next of it would wait for a prefill that begins now.
+            self._passes = forward_passes
+            self._next = max(self._next, now + IDLE_SECONDS)
+        if not self._left and self._rounds and now >= self._next:
             self._rounds -= 1
             self._left = [SHORT, SHORT, self._long, self._long]
-        if self._left:
-            self._run(self._left[0])
-            self._passes = forward_passes
+        if not self._left or now < self._next:
+            return False
+        self._run(self._left[0])
+        return True
+
+    def _end_prefill(self, tokens: int, seconds: float) -> None:
+        self._seconds[tokens] = min(seconds, self._seconds.get(tokens, seconds))
+        self._left.pop(0)
+        if not self._left:
+            self._end_round()
 
     def _end_round(self) -> None:
         self._next = time.perf_counter() + self._pause

@@ -354,9 +354,7 @@ class RkscScheduler(stock.Scheduler):
 
     def on_idle(self) -> None:
         if self.rksc_guard is not None and self.is_fully_idle():
-            if self.rksc_probe is not None and self.rksc_probe.is_due:
-                self.rksc_probe.on_idle(self.forward_ct)
-            else:
+            if self.rksc_probe is None or not self.rksc_probe.on_idle(self.forward_ct):
                 self.rksc_guard.on_idle()
             if self.waiting_queue:
                 return

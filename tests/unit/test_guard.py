@@ -14,6 +14,7 @@ from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import ModelFacts
+from rksc_sglang.serving.internal import IDLE_SECONDS
 from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
 from rksc_sglang.serving.splice_state import SpliceState
 
@@ -151,12 +152,9 @@ class Probed:
 
     def idle(self, passes=1):
         """An idle moment, and what it submits is done in ``passes``."""
-        if self.probe.is_due:
-            before = len(self.submitted)
-            self.probe.on_idle(self.passes)
-            for req in self.submitted[before:]:
-                self.clock += self.seconds(len(req.origin_input_ids))
-                self.passes += passes
+        if self.probe.on_idle(self.passes):
+            self.clock += self.seconds(len(self.submitted[-1].origin_input_ids))
+            self.passes += passes
 
     def round(self):
         for _ in range(5):
@@ -170,6 +168,8 @@ def probed(make_req, monkeypatch):
 
 def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(probed):
     probed.idle(passes=2)  # somebody else's request ran too: this one does not count
+    probed.idle()
+    probed.clock += IDLE_SECONDS
     probed.round()
     assert [len(r.origin_input_ids) for r in probed.submitted] == [SHORT, SHORT, SHORT, LONG, LONG]
     assert probed.fitted == [pytest.approx((0.116, 0.356))]
@@ -187,7 +187,19 @@ def test_a_round_beside_others_work_is_corrected_by_later_ones(probed):
         probed.round()
         probed.seconds = lambda tokens: 2.0  # nor do slow rounds change what a fast one found
     assert probed.fitted == [pytest.approx((0.116, 0.356))] * (ROUNDS - 1)
-    assert not probed.probe.is_due
+    probed.clock += PAUSE * 2**ROUNDS
+    assert not probed.probe.on_idle(probed.passes)
+
+
+def test_no_prefill_of_our_own_runs_in_the_short_gaps_of_others_work(probed):
+    for _ in range(20):
+        probed.passes += 1
+        probed.clock += 0.9 * IDLE_SECONDS
+        assert not probed.probe.on_idle(probed.passes)
+        probed.clock += 0.9 * IDLE_SECONDS
+        assert not probed.probe.on_idle(probed.passes)
+    probed.clock += IDLE_SECONDS
+    assert probed.probe.on_idle(probed.passes)
 
 
 def tied(by):

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import load, throughput, throughput_tasks
 from benchmarks.harness import BenchmarkError
-from benchmarks.load import Meter, Tokens, work
+from benchmarks.load import Done, Meter, work
 from benchmarks.programs import PROGRAMS, Mechanisms, Outcome, Program, Settings
 from benchmarks.throughput_conditions import NOTHING, PAPER, conditions_of
 from benchmarks.throughput_summary import accuracy_delta, plot, print_bars, ratios, summarise
@@ -213,10 +213,13 @@ sglang:realtime_tokens_total{mode="prefill_compute",model_name="m",tp_rank="0"} 
 sglang:realtime_tokens_total{mode="prefill_cache",model_name="m",tp_rank="0"} 13395.0
 sglang:generation_tokens_total{is_streaming="false",model_name="m"} 1.4e+03
 sglang:generation_tokens_total{is_streaming="true",model_name="m"} 32.0
+sglang:cuda_graph_passes_total{mode="prefill_none",model_name="m"} 11.0
+sglang:cuda_graph_passes_total{mode="decode_none",model_name="m"} 60.0
+sglang:cuda_graph_passes_total{mode="decode_cuda_graph",model_name="m"} 2.0
 """
 
 
-def test_tokens_are_read_from_the_servers_metrics(monkeypatch):
+def test_tokens_and_passes_are_read_from_the_servers_metrics(monkeypatch):
     class Answer:
         text = METRICS
 
@@ -224,7 +227,7 @@ def test_tokens_are_read_from_the_servers_metrics(monkeypatch):
             pass
 
     monkeypatch.setattr(load.requests, "get", lambda url, timeout: Answer())
-    assert Meter("http://x").tokens() == Tokens(4875, 1432)
+    assert Meter("http://x").done() == Done(4875, 1432, 11, 62)
 
 
 # Tasks
@@ -355,8 +358,8 @@ def part(monkeypatch):
         def empty(self):
             self.emptied += 1
 
-        def tokens(self):  # an empty cache before, and all that ran behind
-            return Tokens(100 * self.emptied, 10 * self.emptied)
+        def done(self):  # an empty cache before, and all that ran behind
+            return Done(100 * self.emptied, 10 * self.emptied, 3 * self.emptied, self.emptied)
 
         @contextmanager
         def peak(self):
@@ -397,6 +400,7 @@ def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
     assert len(ratios(rows, "rksc", "sglang_best")) == 2
     for one in rows:
         assert (one["computed_tokens"], one["generated_tokens"]) == (50, 5)  # of two problems
+        assert (one["prefill_passes"], one["decode_passes"]) == (3, 1)  # of both together
         assert len(one["seconds"]) == len(one["right"]) == len(one["problems"]) == 2
     json.dumps(rows)
 
