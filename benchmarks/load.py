@@ -55,25 +55,28 @@ def work(
     solve: Callable[[Task], Result],
     concurrency: int,
     arrivals: Sequence[float] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Worked:
     """Solve tasks under a closed loop, or, with arrivals, under an open one.
 
     Args:
         concurrency: tasks in work at the same time, at most.
         arrivals: seconds at which each task arrives, ascending.
+        clock: seconds; may stand still at times.
     """
-    start = time.perf_counter()
+    start = clock()
 
     def one(number: int) -> tuple[Result, float]:
-        began = time.perf_counter()
+        began = clock()
         if arrivals is not None:
             began = start + arrivals[number]
-            time.sleep(max(0.0, began - time.perf_counter()))
-        return solve(tasks[number]), time.perf_counter() - began
+            while (left := began - clock()) > 0:
+                time.sleep(left)
+        return solve(tasks[number]), clock() - began
 
     with ThreadPoolExecutor(concurrency) as pool:
         done = list(pool.map(one, range(len(tasks))))
-    wall = time.perf_counter() - start
+    wall = clock() - start
     return Worked([result for result, _ in done], [seconds for _, seconds in done], wall)
 
 
@@ -95,9 +98,10 @@ class Meter:
             _total(text, passes % "decode"),
         )
 
-    def empty(self) -> None:
-        """Wait until nothing runs, and empty the cache."""
+    def emptied(self) -> Done:
+        """Wait until nothing runs, empty the cache, and tell what was done."""
         self._get(f"/flush_cache?timeout={_IDLE_SECONDS}")
+        return self.done()
 
     @contextmanager
     def peak(self) -> Iterator[Callable[[], int]]:

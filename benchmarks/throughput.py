@@ -3,8 +3,9 @@
 Conditions: no_kv (stock, radix cache off) and sglang (stock defaults) run each program as its
 user wrote it with the frontend language; sglang_best (stock, the cache-aware schedule) runs its
 best form in plain SGLang; rksc is mode balanced, and rksc_no_X the same without X. All use the same
-attention backend. In a round each condition solves the same problems, from an empty cache, in
-random order; a ratio is of problems a second in one round. Samples are independent: SGLang takes
+attention backend. In a round each condition solves the same problems, from an empty cache; all do
+so at the same time, in turns of a second, while the others' servers are stopped. A ratio is of
+problems a second in one round, of the seconds in its turns. Samples are independent: SGLang takes
 sampling seeds only with deterministic inference, which no CPU attention backend has.
 
 Parts, with the minutes that a full run takes on 2 cores (3 GB of memory a server): speed (40),
@@ -34,7 +35,7 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import harness
 from benchmarks.harness import BenchmarkError, Row, start_together, stored
-from benchmarks.load import work
+from benchmarks.load import Worked, work
 from benchmarks.programs import (
     PROGRAMS,
     Program,
@@ -50,6 +51,7 @@ from benchmarks.throughput_conditions import (
     Condition,
     Server,
     conditions_of,
+    mechanisms_of,
 )
 from benchmarks.throughput_summary import BEST, RKSC, SPEED_MODEL, plot, print_bars
 from benchmarks.throughput_summary import summarise as summarise  # where benchmarks.summarise looks
@@ -60,6 +62,7 @@ from benchmarks.throughput_tasks import (
     tasks_of,
     with_lengths,
 )
+from benchmarks.turns import Clock, take_turns
 from rksc_sglang.demo.questions import QuestionsError
 from rksc_sglang.models.smollm2 import ensure_smollm2
 from rksc_sglang.server_process import ServerFailedError
@@ -147,7 +150,11 @@ class Workload(NamedTuple):
 
 
 class Part:
-    """Measures one part; its servers are up."""
+    """Measures one part.
+
+    Args:
+        servers: of its conditions, by their names.
+    """
 
     def __init__(
         self,
@@ -155,6 +162,7 @@ class Part:
         args: argparse.Namespace,
         sizes: Sizes,
         model: Path,
+        conditions: Sequence[Condition],
         servers: Mapping[str, Server],
     ) -> None:
         self.name = name
@@ -163,7 +171,7 @@ class Part:
         self.servers = servers
         self.model_path = model
         self.model = Path(args.model_path).name if args.model_path else SPEED_MODEL
-        self.conditions = conditions_of(name, servers[RKSC].mechanisms())
+        self.conditions = conditions
         examples = 0 if name == "paper" else sizes.examples
         self.settings = Settings(examples=solved_examples(examples))
         self.workloads = list(self._workloads())
@@ -209,18 +217,19 @@ class Part:
         for number, workload in enumerate(self.workloads):
             name, tasks = workload.name, workload.tasks
             if number == 0:  # first calls allocate and compile
-                for condition in self.conditions:
-                    self._run(condition, workload, [WARM_UP], 1)
+                self._round(self.conditions, workload, [WARM_UP], 1)
             for load in self.sizes.loads[self.name]:
                 for round_ in range(load.rounds):
                     drawn = [next(tasks) for _ in range(load.problems)]
                     arrivals = self._arrivals(workload, load, rng)
                     place = "open" if arrivals else str(load.concurrency)
                     at_once = load.problems if arrivals else load.concurrency
-                    for condition in rng.sample(self.conditions, len(self.conditions)):
+                    in_turn = rng.sample(self.conditions, len(self.conditions))
+                    found = self._round(in_turn, workload, drawn, at_once, arrivals)
+                    for condition, row in found.items():
                         yield {
                             "workload": f"{self.model}/{self.name}/{name}/{place}",
-                            "condition": condition.name,
+                            "condition": condition,
                             "repeat": f"{self.args.seed}/{round_}",
                             "position": 0,
                             "model": self.model,
@@ -228,7 +237,7 @@ class Part:
                             "program": name,
                             "load": place,
                             "seed": self.args.seed,
-                            **self._run(condition, workload, drawn, at_once, arrivals),
+                            **row,
                         }
 
     def _arrivals(self, workload: Workload, load: Load, rng: random.Random) -> list[float] | None:
@@ -237,59 +246,70 @@ class Part:
             return None
         best = next(condition for condition in self.conditions if condition.name == BEST)
         drawn = [next(workload.tasks) for _ in range(load.concurrency)]
-        closed = self._run(best, workload, drawn, load.concurrency)
+        closed = self._round([best], workload, drawn, load.concurrency)[BEST]
         arrivals = [0.0]
         while len(arrivals) < load.problems:
             arrivals.append(arrivals[-1] + rng.expovariate(OPEN_SHARE * closed["throughput"]))
         return arrivals
 
-    def _run(
+    def _round(
         self,
-        condition: Condition,
+        conditions: Sequence[Condition],
         workload: Workload,
         tasks: Sequence[Task],
         concurrency: int,
         arrivals: Sequence[float] | None = None,
-    ) -> Row:
-        """The measurements of a row; tokens are means over the problems, passes of all."""
-        server = self.servers[condition.server]
-        server.process.check()
-        server.meter.empty()
-        before = server.meter.done()
-        try:
-            with server.meter.peak() as peak:
-                worked = work(
-                    tasks,
-                    lambda task: condition.solve(
-                        workload.program, self.settings, task, server.endpoint, workload.options
-                    ),
-                    concurrency,
-                    arrivals,
+    ) -> dict[str, Row]:
+        """The measurements of each condition; tokens are means over the problems, passes of all."""
+
+        def job(condition: Condition) -> Callable[[Clock], tuple[Worked, int]]:
+            server = self.servers[condition.name]
+
+            def solve(task: Task) -> Any:
+                return condition.solve(
+                    workload.program, self.settings, task, server.endpoint, workload.options
                 )
-        except Exception as error:
-            server.process.check()
-            raise BenchmarkError(f"{condition.name}: {workload.name}: {error!r}") from error
-        server.meter.empty()  # what still runs belongs to this row
-        after = server.meter.done()
-        right = [task.is_right(outcome.answer) for task, outcome in zip(tasks, worked.results)]
-        return {
-            "throughput": len(tasks) / worked.wall,
-            "seconds": [round(seconds, 4) for seconds in worked.seconds],
-            "arrivals": arrivals,
-            "problems": [zlib.crc32(task.text.encode()) for task in tasks],
-            "right": [] if self.name == "paper" else right,  # its answers are cut off
-            "computed_tokens": (after.computed - before.computed) / len(tasks),
-            "generated_tokens": (after.generated - before.generated) / len(tasks),
-            "prefill_passes": float(after.prefills - before.prefills),
-            "decode_passes": float(after.decodes - before.decodes),
-            "peak_kv_tokens": float(peak()),
-        }
+
+            def run(clock: Clock) -> tuple[Worked, int]:
+                try:
+                    with server.meter.peak() as peak:
+                        return work(tasks, solve, concurrency, arrivals, clock), peak()
+                except Exception as error:
+                    server.process.check()
+                    message = f"{condition.name}: {workload.name}: {error!r}"
+                    raise BenchmarkError(message) from error
+
+            return run
+
+        meters = {one.name: self.servers[one.name].meter for one in conditions}
+        before = {name: meter.emptied() for name, meter in meters.items()}
+        done = take_turns(
+            {one.name: self.servers[one.name].process for one in conditions},
+            {one.name: job(one) for one in conditions},
+        )
+        rows = {}
+        for name, (worked, peak) in done.items():
+            after = meters[name].emptied()  # what still ran belongs to this row
+            right = [task.is_right(outcome.answer) for task, outcome in zip(tasks, worked.results)]
+            rows[name] = {
+                "throughput": len(tasks) / worked.wall,
+                "seconds": [round(seconds, 4) for seconds in worked.seconds],
+                "arrivals": arrivals,
+                "problems": [zlib.crc32(task.text.encode()) for task in tasks],
+                "right": [] if self.name == "paper" else right,  # its answers are cut off
+                "computed_tokens": (after.computed - before[name].computed) / len(tasks),
+                "generated_tokens": (after.generated - before[name].generated) / len(tasks),
+                "prefill_passes": float(after.prefills - before[name].prefills),
+                "decode_passes": float(after.decodes - before[name].decodes),
+                "peak_kv_tokens": float(peak),
+            }
+        return rows
 
 
 def measure(
     args: argparse.Namespace, sizes: Sizes, on_part: Callable[[list[Row], Row], None]
 ) -> None:
-    """Measure the chosen parts, on servers that are up at the same time.
+    """Measure the chosen parts, each on servers that are up at the same time.
 
     Args:
         on_part: called after each part with its rows, and with what they were taken with.
@@ -298,29 +318,31 @@ def measure(
     common = ["--model-path", str(model), "--max-total-tokens", "24576", "--dtype", "float32"]
     common.append("--enable-metrics")
     profile = ["--rksc-profile", args.profile] if args.profile else []
-    flags = {
-        name: [*common, *SERVERS[name], *(profile if name in OURS else [])]
-        for name in dict.fromkeys(name for part in args.part for name in PARTS[part])
-    }
+    mechanisms = mechanisms_of(args.profile, model)
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("starting servers", total=None)
-        with start_together(flags) as processes:
-            progress.remove_task(bar)
-            servers = {name: Server(name, process) for name, process in processes.items()}
-            for name in args.part:
-                part = Part(name, args, sizes, model, servers)
+        for name in args.part:
+            conditions = conditions_of(name, mechanisms)
+            flags = {
+                one.name: [*common, *SERVERS[one.name], *(profile if one.name in OURS else [])]
+                for one in conditions
+            }
+            bar = progress.add_task(f"{name}: starting servers", total=None)
+            with start_together(flags) as processes:
+                progress.remove_task(bar)
+                servers = {one: Server(one, process) for one, process in processes.items()}
+                part = Part(name, args, sizes, model, conditions, servers)
                 rows = list(progress.track(part.measure(), part.runs, description=name))
                 run = {
                     "part": name,
                     "model": part.model,
                     "argv": sys.argv[1:],
                     "machine": harness.machine(),
-                    "flags": {server: flags[server] for server in PARTS[name]},
-                    "mechanisms": {c.name: asdict(c.mechanisms) for c in part.conditions},
+                    "flags": flags,
+                    "mechanisms": {one.name: asdict(one.mechanisms) for one in conditions},
                     "rksc": servers[RKSC].status(),
                 }
-                on_part(rows, run)
+            on_part(rows, run)
 
 
 def merged(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:

@@ -1,9 +1,13 @@
-"""The conditions of ``benchmarks.throughput``: which server, which form of a program, with what."""
+"""The conditions of ``benchmarks.throughput``: which server, which form of a program, with what.
+
+Each has a server of its own, also where two differ in their requests alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -13,25 +17,35 @@ from benchmarks.load import Meter
 from benchmarks.programs import Mechanisms, Outcome, Program, Settings
 from benchmarks.throughput_summary import BEST, NO_KV, RKSC, SGLANG
 from benchmarks.throughput_tasks import Task
+from rksc_sglang.asks.profile import fingerprint
+from rksc_sglang.cgee.profile import profile_of
 from rksc_sglang.server_process import ServerProcess
 
 _STOCK = ("--rksc-mode", "off")
 #: The guard works when its server is idle, which here is when another one is timed.
 _BALANCED = ("--rksc-mode", "balanced", "--rksc-guard-share", "0")
 NO_ROOT_FIRST = "rksc_no_root_first"
+#: What of the mechanisms a condition does without, where it differs in requests.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "rksc_no_splice": {"share": "exact"},
+    "rksc_no_exit": {"exit": "off"},
+    "rksc_no_skip": {"skip": None},
+    "rksc_no_stop": {"stop": False},
+}
 SERVERS = {
     NO_KV: (*_STOCK, "--disable-radix-cache"),
     SGLANG: _STOCK,
     BEST: (*_STOCK, "--schedule-policy", "lpm"),
     RKSC: _BALANCED,
     NO_ROOT_FIRST: (*_BALANCED, "--no-rksc-root-first"),
+    **dict.fromkeys(WITHOUT, _BALANCED),
 }
-OURS = (RKSC, NO_ROOT_FIRST)
-#: The servers of each part; each is a condition of the same name.
+OURS = (RKSC, NO_ROOT_FIRST, *WITHOUT)
+#: The conditions of each part.
 PARTS = {
     "speed": (SGLANG, BEST, RKSC),
     "no_kv": (NO_KV, RKSC),
-    "ablations": (RKSC, NO_ROOT_FIRST),
+    "ablations": OURS,
     "growth": (SGLANG, BEST, RKSC),
     "open": (SGLANG, BEST, RKSC),
     "accuracy": (BEST, RKSC),
@@ -45,7 +59,6 @@ PAPER = Mechanisms(share="similar", exit="paper", skip="paper", stop=False)
 @dataclass(frozen=True)
 class Condition:
     name: str
-    server: str
     mechanisms: Mechanisms
 
     def solve(
@@ -59,29 +72,37 @@ class Condition:
         chosen = replace(settings, lengths=task.lengths)
         asked: tuple[Any, ...] = (task.text, chosen)
         run: Callable[..., Any] = program.solve_plain.run
-        if self.server != BEST:
+        if self.name != BEST:
             run, asked = program.solve.run, (*asked, self.mechanisms)
         return run(*asked, **options, backend=endpoint).ret_value
 
 
 def conditions_of(part: str, mechanisms: Mechanisms) -> list[Condition]:
-    """One a server, and in the ablations rksc without each mechanism that it has.
+    """Those of a part, but for those without what there is not.
 
     Args:
         mechanisms: all that there is to be had of the servers with RKSC.
     """
     ours = PAPER if part == "paper" else mechanisms
-    found = [Condition(name, name, ours if name in OURS else NOTHING) for name in PARTS[part]]
-    if part == "ablations":
-        for name, without in (
-            ("splice", replace(ours, share="exact")),
-            ("exit", replace(ours, exit="off")),
-            ("skip", replace(ours, skip=None)),
-            ("stop", replace(ours, stop=False)),
-        ):
-            if without != ours:
-                found.append(Condition(f"rksc_no_{name}", RKSC, without))
-    return found
+    found = [
+        Condition(name, replace(ours, **WITHOUT.get(name, {})) if name in OURS else NOTHING)
+        for name in PARTS[part]
+    ]
+    return [one for one in found if one.name not in WITHOUT or one.mechanisms != ours]
+
+
+def mechanisms_of(profile: str | None, model: Path) -> Mechanisms:
+    """All that is calibrated for a model.
+
+    Args:
+        profile: a file; None for the one that is shipped for the model.
+    """
+    parts = profile_of(profile, fingerprint(model))
+    return Mechanisms(
+        share="similar",
+        exit="layer" if parts.exit else "off",
+        skip="calibrated" if parts.skip else None,
+    )
 
 
 class UncommittedEndpoint(sgl.RuntimeEndpoint):
@@ -105,12 +126,3 @@ class Server:
         answer = requests.get(self.process.url + "/rksc/status", timeout=60)
         answer.raise_for_status()
         return answer.json()
-
-    def mechanisms(self) -> Mechanisms:
-        """All that is calibrated for the model of a server with RKSC."""
-        verify = self.status()["ranks"][0]["verify"] or {}
-        return Mechanisms(
-            share="similar",
-            exit="layer" if verify.get("exit") else "off",
-            skip="calibrated" if verify.get("skip") else None,
-        )

@@ -124,6 +124,12 @@ class ServerProcess:
         except (OSError, urllib.error.URLError):
             return False
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the server and its children; in vain where they have ended."""
+        assert self._process is not None, "not started"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def stop(self) -> None:
         """Kill the server and its children, and wait until they are gone."""
         if self._process is None:

@@ -13,8 +13,7 @@ from rksc_sglang.serving import probe as probe_module
 from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
-from rksc_sglang.serving.internal import ModelFacts
-from rksc_sglang.serving.internal import IDLE_SECONDS
+from rksc_sglang.serving.internal import IDLE_SECONDS, ModelFacts
 from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
 from rksc_sglang.serving.splice_state import SpliceState
 
