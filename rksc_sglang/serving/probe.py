@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SHORT, LONG = 16, 256
 #: Rounds, from the server's start on, and seconds between the first two; each pause is twice the
 #: one before, so that the last comes after 9 minutes: where other programs start or work at the
-#: same time, as many servers do, single rounds are worthless.
+#: same time, as many servers do, single rounds are worthless. A round ends where others' work
+#: disturbs it.
 ROUNDS, PAUSE = 10, 1.0
 
 
@@ -69,6 +70,10 @@ class CostProbe:
             if forward_passes == self._passes + 1:
                 self._end_prefill(len(self._running.origin_input_ids), now - self._started)
                 self._passes = forward_passes
+            else:
+                # Again at once would delay the next request too: another round will come.
+                self._left = []
+                self._end_round()
             self._running = None
         if forward_passes != self._passes:
             # Others' work: the next of it would wait for a prefill that begins now.
@@ -91,8 +96,8 @@ class CostProbe:
     def _end_round(self) -> None:
         self._next = time.perf_counter() + self._pause
         self._pause *= 2
-        short, long = self._seconds[SHORT], self._seconds[self._long]
-        if long > short:
+        short, long = self._seconds.get(SHORT), self._seconds.get(self._long)
+        if short is not None and long is not None and long > short:
             self.done((SHORT, short), (self._long, long))
 
     def _run(self, tokens: int) -> None:
