@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 SHORT, LONG = 16, 256
 #: Rounds, from the server's start on, and seconds between the first two; each pause is twice the
 #: one before, so that the last comes after 9 minutes: where other programs start or work at the
-#: same time, as many servers do, single rounds are worthless. A round ends where others' work
-#: disturbs it.
+#: same time, as many servers do, single rounds are worthless. Once there is a result, a round that
+#: others' work disturbs is over.
 ROUNDS, PAUSE = 10, 1.0
 
 
@@ -70,8 +70,7 @@ class CostProbe:
             if forward_passes == self._passes + 1:
                 self._end_prefill(len(self._running.origin_input_ids), now - self._started)
                 self._passes = forward_passes
-            else:
-                # Again at once would delay the next request too: another round will come.
+            elif self._long in self._seconds:  # else it is needed: made again when all is quiet
                 self._left = []
                 self._end_round()
             self._running = None
@@ -96,8 +95,8 @@ class CostProbe:
     def _end_round(self) -> None:
         self._next = time.perf_counter() + self._pause
         self._pause *= 2
-        short, long = self._seconds.get(SHORT), self._seconds.get(self._long)
-        if short is not None and long is not None and long > short:
+        short, long = self._seconds[SHORT], self._seconds[self._long]
+        if long > short:
             self.done((SHORT, short), (self._long, long))
 
     def _run(self, tokens: int) -> None:

@@ -168,21 +168,21 @@ def probed(make_req, monkeypatch):
 def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(probed):
     probed.idle(passes=2)  # somebody else's request ran too: this one does not count
     probed.round()
-    assert not probed.fitted
     assert len(probed.submitted) == 1  # and is not made again at once
-    probed.clock += PAUSE
+    probed.clock += IDLE_SECONDS
     probed.round()
     assert [len(r.origin_input_ids) for r in probed.submitted] == [SHORT, SHORT, SHORT, LONG, LONG]
     assert probed.fitted == [pytest.approx((0.116, 0.356))]
 
 
 def test_a_server_that_is_never_left_alone_makes_few_prefills_of_its_own(probed):
+    probed.round()
     for _ in range(3 * ROUNDS):
         probed.clock += PAUSE * 2**ROUNDS
         probed.idle(passes=2)
         probed.idle()
-    assert len(probed.submitted) == ROUNDS
-    assert not probed.fitted
+    assert len(probed.submitted) == 4 + ROUNDS - 1
+    assert probed.fitted == [pytest.approx((0.116, 0.356))] * ROUNDS
 
 
 def test_a_round_beside_others_work_is_corrected_by_later_ones(probed):
