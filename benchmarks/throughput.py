@@ -63,6 +63,7 @@ from benchmarks.throughput_tasks import (
     with_lengths,
 )
 from benchmarks.turns import Clock, take_turns
+from rksc_sglang.cgee.profile import ExitProfileError
 from rksc_sglang.demo.questions import QuestionsError
 from rksc_sglang.models.smollm2 import ensure_smollm2
 from rksc_sglang.server_process import ServerFailedError
@@ -403,7 +404,7 @@ def main() -> None:
 
     try:
         measure(args, sizes_of(args), on_part)
-    except (ServerFailedError, QuestionsError) as error:
+    except (ServerFailedError, QuestionsError, ExitProfileError) as error:
         raise BenchmarkError(str(error)) from error
 
 

@@ -96,8 +96,12 @@ def mechanisms_of(profile: str | None, model: Path) -> Mechanisms:
 
     Args:
         profile: a file; None for the one that is shipped for the model.
+
+    Raises:
+        ExitProfileError: the file is no profile, or another model's.
     """
-    parts = profile_of(profile, fingerprint(model))
+    # Models from elsewhere than a directory have no fingerprint, and no profile.
+    parts = profile_of(profile, fingerprint(model) if model.is_dir() else "")
     return Mechanisms(
         share="similar",
         exit="layer" if parts.exit else "off",

@@ -13,7 +13,7 @@ from benchmarks import load, throughput, throughput_tasks
 from benchmarks.harness import BenchmarkError
 from benchmarks.load import Done, Meter, work
 from benchmarks.programs import PROGRAMS, Mechanisms, Outcome, Program, Settings
-from benchmarks.throughput_conditions import NOTHING, PAPER, conditions_of
+from benchmarks.throughput_conditions import NOTHING, PAPER, conditions_of, mechanisms_of
 from benchmarks.throughput_summary import accuracy_delta, plot, print_bars, ratios, summarise
 from benchmarks.throughput_tasks import (
     Task,
@@ -22,7 +22,9 @@ from benchmarks.throughput_tasks import (
     tasks_of,
     with_lengths,
 )
+from rksc_sglang.cgee.profile import ExitProfileError
 from rksc_sglang.models.problems import check, problems
+from rksc_sglang.models.reasoner import WEIGHTS
 
 # Summary
 
@@ -317,6 +319,14 @@ def test_each_mechanism_that_there_is_is_left_out_once():
     assert found["rksc_no_root_first"].mechanisms == everything
     without_profile = [c.name for c in conditions_of("ablations", Mechanisms(exit="off"))]
     assert without_profile == ["rksc", "rksc_no_root_first", "rksc_no_splice", "rksc_no_stop"]
+
+
+def test_what_is_calibrated_for_a_model_is_known_before_its_servers_run(tmp_path):
+    assert mechanisms_of(None, WEIGHTS).exit == "layer"
+    elsewhere = mechanisms_of(None, tmp_path / "no-directory")
+    assert elsewhere == Mechanisms(share="similar", exit="off")
+    with pytest.raises(ExitProfileError, match="is no profile"):
+        mechanisms_of(str(tmp_path / "missing.json"), tmp_path / "no-directory")
 
 
 def test_the_baselines_use_nothing_of_rksc():
