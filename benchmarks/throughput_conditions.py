@@ -17,8 +17,7 @@ from benchmarks.load import Meter
 from benchmarks.programs import Mechanisms, Outcome, Program, Settings
 from benchmarks.throughput_summary import BEST, NO_KV, RKSC, SGLANG
 from benchmarks.throughput_tasks import Task
-from rksc_sglang.asks.profile import fingerprint
-from rksc_sglang.cgee.profile import profile_of
+from rksc_sglang.cgee.profile import profile_for
 from rksc_sglang.server_process import ServerProcess
 
 _STOCK = ("--rksc-mode", "off")
@@ -100,8 +99,7 @@ def mechanisms_of(profile: str | None, model: Path) -> Mechanisms:
     Raises:
         ExitProfileError: the file is no profile, or another model's.
     """
-    # Models from elsewhere than a directory have no fingerprint, and no profile.
-    parts = profile_of(profile, fingerprint(model) if model.is_dir() else "")
+    parts = profile_for(profile, model)
     return Mechanisms(
         share="similar",
         exit="layer" if parts.exit else "off",

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rksc_sglang.asks.profile import shipped_files
+from rksc_sglang.asks.profile import fingerprint, shipped_files
 from rksc_sglang.cgee.exit_rule import CalibratedRule, Probe
 from rksc_sglang.cgee.skip_gate import CalibratedGate
 
@@ -151,6 +151,16 @@ def profile_of(path: str | None, model: str) -> CalibratedParts:
     if any(part.model != model for part in parts.values()):
         raise ExitProfileError(f"--rksc-profile {path} is of another model")
     return CalibratedParts(**parts)
+
+
+def profile_for(path: str | None, model_path: Path) -> CalibratedParts:
+    """:func:`profile_of` for a checkpoint; one from elsewhere than a directory has no fingerprint.
+
+    Raises:
+        ExitProfileError: as there.
+        ProfileError: the directory holds no checkpoint.
+    """
+    return profile_of(path, fingerprint(model_path) if model_path.is_dir() else "")
 
 
 def _parts_of(path: Path) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rksc_sglang.asks.profile import fingerprint
 from rksc_sglang.cgee.exit_rule import ExitRule, Observe, check_layers, paper_rule
 from rksc_sglang.cgee.layer_exit import Candidate, LayerExit, UnsupportedModel
-from rksc_sglang.cgee.profile import ExitProfileError, profile_of
+from rksc_sglang.cgee.profile import ExitProfileError, profile_for
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import RequestContract
 from rksc_sglang.serving.features import Unsupported, refuse_beside
@@ -79,9 +78,7 @@ class Verifications:
         if backend not in BACKENDS:
             raise Unsupported(f"not with the attention backend {backend}")
         try:
-            path = Path(scheduler.model_config.model_path)
-            # Models from elsewhere than a directory have no fingerprint, and no profile.
-            found = profile_of(config.profile, fingerprint(path) if path.is_dir() else "")
+            found = profile_for(config.profile, Path(scheduler.model_config.model_path))
             self.profile, self.skip, self.merge = found.exit, found.skip, found.merge
             self.exit = LayerExit(runner.model, runner.attn_backend, self._candidates, on_error)
         except (UnsupportedModel, ExitProfileError) as error:
