@@ -283,11 +283,11 @@ class Part:
             return run
 
         meters = {one.name: self.servers[one.name].meter for one in conditions}
+        processes = {one.name: self.servers[one.name].process for one in conditions}
+        for process in processes.values():
+            process.check()  # says more than the request that would fail
         before = {name: meter.emptied() for name, meter in meters.items()}
-        done = take_turns(
-            {one.name: self.servers[one.name].process for one in conditions},
-            {one.name: job(one) for one in conditions},
-        )
+        done = take_turns(processes, {one.name: job(one) for one in conditions})
         rows = {}
         for name, (worked, peak) in done.items():
             after = meters[name].emptied()  # what still ran belongs to this row
