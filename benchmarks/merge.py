@@ -330,11 +330,11 @@ def tree(s: Any, question: str, merge: bool) -> tuple[str | None, int]:
     tokens = [0]
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        known = len(groups.groups)
-        thoughts = grow(nodes, groups.fork, Settings(temperature=TEMPERATURE), is_last)
+        forked = groups.fork(nodes)
+        thoughts = grow(nodes, forked, Settings(temperature=TEMPERATURE), is_last)
         tokens[0] += sum(_tokens(thought.branch, "line") for thought in thoughts)
         gone: set[int] = set()
-        for group in groups.groups[known:] if merge else ():
+        for group in forked if merge else ():
             found = group.merge("line", rksc.MergeRule(extract=first_result))
             gone |= {id(group[one.branch]) for one in found}
         left = [thought for thought in thoughts if id(thought.branch) not in gone]

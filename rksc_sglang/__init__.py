@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Verdict,
         VerifyError,
         fork,
+        fork_all,
         gen_verdict,
         verify,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "VerifyError",
     "fork",
+    "fork_all",
     "gen_verdict",
     "verify",
 ]

@@ -65,12 +65,12 @@ class RkscConfig:
     )
     root_first: bool = _setting(
         True,
-        "hold back requests that share an uncached prefix with one that is being computed, "
-        "so that the prefix is computed once",
+        "admit requests together that are sent together, and compute a prefix that several "
+        "requests share once",
     )
     root_first_min_tokens: int = _setting(
         32,
-        "shortest uncached shared prefix, in tokens, that is worth holding a request back for",
+        "shortest uncached shared prefix, in tokens, that is worth it",
         least=1,
     )
     tau: float | None = _setting(

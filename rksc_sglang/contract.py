@@ -76,6 +76,28 @@ class VerifyContract:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Together:
+    """The request is one of ``count`` that are sent at the same time, all with the same ``id``.
+
+    The server computes the prompts of all of them together; it waits for those that are still on
+    their way, no longer than that can pay.
+    """
+
+    id: str
+    count: int
+
+    @classmethod
+    def parse(cls, raw: Any) -> Together:
+        _check_keys(raw, cls, ".together")
+        id_, count = raw.get("id"), raw.get("count")
+        if not isinstance(id_, str) or not id_:
+            raise _fail(".together.id", "a non-empty string", id_)
+        if not _is_count(count) or count < 1:
+            raise _fail(".together.count", "an integer of at least 1", count)
+        return cls(id=id_, count=count)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RequestContract:
     """What a request tells RKSC about itself; every key is optional."""
 
@@ -86,6 +108,7 @@ class RequestContract:
     share: str | None = None  # None: the server's default
     tau: float | None = None
     signature: bool | None = None
+    together: Together | None = None
     verify: VerifyContract | None = None
 
     @classmethod
@@ -114,6 +137,8 @@ class RequestContract:
             raise _fail(".tau", "a number from 0 to 1", tau)
         if "signature" in given and not isinstance(given["signature"], bool):
             raise _fail(".signature", "true or false", given["signature"])
+        if "together" in given:
+            given["together"] = Together.parse(given["together"])
         if "verify" in given:
             given["verify"] = VerifyContract.parse(given["verify"])
         return cls(**given)

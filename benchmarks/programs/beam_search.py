@@ -10,8 +10,8 @@ import sglang as sgl
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import ask_step, opening
-from benchmarks.programs.search import Groups, Node, grow, search
-from benchmarks.programs.states import fork, judge
+from benchmarks.programs.search import Groups, Node, fork_plain, grow, search
+from benchmarks.programs.states import judge
 
 
 @sgl.function
@@ -27,7 +27,7 @@ def solve(
     groups = Groups(expansions, mechanisms)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        steps = grow(nodes, groups.fork, settings, is_last)
+        steps = grow(nodes, groups.fork(nodes), settings, is_last)
         verdict = rksc.verify(
             [step.branch for step in steps],
             "line",
@@ -54,7 +54,7 @@ def solve_plain(
     width: int = 2,
 ) -> Outcome:
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        steps = grow(nodes, lambda state: fork(state, expansions), settings, is_last)
+        steps = grow(nodes, fork_plain(nodes, expansions), settings, is_last)
         scores = judge([step.branch for step in steps], lambda branch: ask_step(branch["line"]))
         return [step.scored(step.node.score * score) for step, score in zip(steps, scores)]
 

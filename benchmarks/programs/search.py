@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import rksc_sglang as rksc
 from benchmarks.programs.interface import Mechanisms, Outcome, Settings
+from benchmarks.programs.states import fork
 
 
 class Node(NamedTuple):
@@ -38,19 +39,28 @@ class Grown(NamedTuple):
 
 def grow(
     nodes: Sequence[Node],
-    fork: Callable[[Any], Iterable[Any]],
+    forked: Iterable[Iterable[Any]],
     settings: Settings,
     is_last: bool,
 ) -> list[Grown]:
-    """Branches of all nodes, each generating its next line, or at last all that is left."""
+    """Branches of all nodes, each generating its next line, or at last all that is left.
+
+    Args:
+        forked: of each node, the branches of its state.
+    """
     grown: list[Grown] = []
-    for node in nodes:
-        for branch in fork(node.state):
+    for node, branches in zip(nodes, forked):
+        for branch in branches:
             if node.text:
                 branch += "\n"
             branch += settings.generate("line", len(grown), None if is_last else "\n")
             grown.append(Grown(node, branch))
     return grown
+
+
+def fork_plain(nodes: Sequence[Node], breadth: int) -> list[list[Any]]:
+    """For :func:`grow`, in plain SGLang."""
+    return [fork(node.state, breadth, cached=bool(node.text)) for node in nodes]
 
 
 class Groups:
@@ -60,10 +70,12 @@ class Groups:
         self.breadth, self.mechanisms = breadth, mechanisms
         self.groups: list[rksc.BranchGroup] = []
 
-    def fork(self, state: Any) -> rksc.BranchGroup:
-        group = rksc.fork(state, self.breadth, share=self.mechanisms.share, confidence=False)
-        self.groups.append(group)
-        return group
+    def fork(self, nodes: Sequence[Node]) -> list[rksc.BranchGroup]:
+        states = [node.state for node in nodes]
+        share = self.mechanisms.share
+        forked = rksc.fork_all(states, self.breadth, share=share, confidence=False)
+        self.groups += forked
+        return forked
 
     def stop(self, nodes: Sequence[Node]) -> None:
         """Their pages are free for others."""

@@ -12,12 +12,18 @@ import sglang as sgl
 from benchmarks.programs.prompts import ASK
 
 
-def fork(state: Any, branches: int) -> list[Any]:
+def fork(state: Any, branches: int, *, cached: bool = False) -> list[Any]:
     """Branches of a state, whose prefix is computed first.
 
     SGLang sees to that for text that is there; the state's own thread may not have written it yet.
+
+    Args:
+        cached: the prefix was generated a moment ago. It is in the cache but for a token, and to
+            compute that first would only cost a pass.
     """
     state.sync()
+    if cached:
+        return [state.fork(1).states[0] for _ in range(branches)]
     return state.fork(branches).states
 
 

@@ -10,8 +10,8 @@ import sglang as sgl
 import rksc_sglang as rksc
 from benchmarks.programs.interface import ALL, SETTINGS, Mechanisms, Outcome, Program, Settings
 from benchmarks.programs.prompts import opening
-from benchmarks.programs.search import Groups, Node, grow, search
-from benchmarks.programs.states import fork, judge
+from benchmarks.programs.search import Groups, Node, fork_plain, grow, search
+from benchmarks.programs.states import judge
 
 
 @sgl.function
@@ -27,7 +27,7 @@ def solve(
     groups = Groups(breadth, mechanisms)
 
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        thoughts = grow(nodes, groups.fork, settings, is_last)
+        thoughts = grow(nodes, groups.fork(nodes), settings, is_last)
         branches = [thought.branch for thought in thoughts]
         verdict = rksc.verify(branches, "line", share=mechanisms.share, exit=mechanisms.exit)
         return [thought.scored(score or 0.0) for thought, score in zip(thoughts, verdict.scores)]
@@ -46,7 +46,7 @@ def solve_plain(
     keep: int = 2,
 ) -> Outcome:
     def expand(nodes: Sequence[Node], is_last: bool) -> list[Node]:
-        thoughts = grow(nodes, lambda state: fork(state, breadth), settings, is_last)
+        thoughts = grow(nodes, fork_plain(nodes, breadth), settings, is_last)
         scores = judge([thought.branch for thought in thoughts])
         return [thought.scored(score) for thought, score in zip(thoughts, scores)]
 

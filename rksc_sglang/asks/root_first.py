@@ -35,18 +35,23 @@ def is_publishing(req: Req) -> bool:
     )
 
 
+def usable_tokens(req: Req) -> int:
+    """Leading tokens of a prompt that a cache may provide."""
+    # The last prompt token is always computed, and so is what the client wants logprobs of.
+    usable = len(req.full_untruncated_fill_ids) - 1
+    if req.return_logprob and req.logprob_start_len >= 0:
+        usable = min(usable, req.logprob_start_len)
+    return usable
+
+
 def tokens_worth_waiting_for(req: Req, min_tokens: int, page_size: int) -> int | None:
     """How long a cached prefix must become for the wait to pay, None if it cannot.
 
     The request has been matched against the tree: its first ``prefix_len`` tokens are cached.
     """
-    # The last prompt token is always computed, and so is what the client wants logprobs of.
-    usable = len(req.full_untruncated_fill_ids) - 1
-    if req.return_logprob and req.logprob_start_len >= 0:
-        usable = min(usable, req.logprob_start_len)
     # Whole pages only: a tail that fills no page is not shared.
     wanted = -(-(req.prefix_len + min_tokens) // page_size) * page_size
-    return wanted if wanted <= usable else None
+    return wanted if wanted <= usable_tokens(req) else None
 
 
 def will_publish(leader: Req, req: Req, wanted: int) -> bool:
@@ -70,6 +75,7 @@ class RootFirstPrefillAdder(PrefillAdder):
 
     sglang_asks = has_extension("admission")
     min_tokens: int | None  # None: off
+    awaits: Callable[[Req], bool]
     on_held: Callable[[Req], None]
     on_error: Callable[[str], None]
 
@@ -86,10 +92,7 @@ class RootFirstPrefillAdder(PrefillAdder):
         if self.min_tokens is None:
             return False
         try:
-            wanted = tokens_worth_waiting_for(req, self.min_tokens, self.page_size)
-            held = wanted is not None and any(
-                will_publish(leader, req, wanted) for leader in self._leaders()
-            )
+            held = self.awaits(req) or self._waits_for_prefix(req)
             if held:
                 self.on_held(req)
             return held
@@ -97,6 +100,14 @@ class RootFirstPrefillAdder(PrefillAdder):
             logger.exception("RKSC root-first failed for %s: admitted at once", req.rid)
             self.on_error("root_first")
             return False
+
+    def _waits_for_prefix(self, req: Req) -> bool:
+        """Whether a prefix of the request is on its way into the tree."""
+        assert self.min_tokens is not None
+        wanted = tokens_worth_waiting_for(req, self.min_tokens, self.page_size)
+        return wanted is not None and any(
+            will_publish(leader, req, wanted) for leader in self._leaders()
+        )
 
     def _leaders(self) -> Iterable[Req]:
         # Admitted in this pass (an unfinished chunked request among them) ...
@@ -108,6 +119,7 @@ class RootFirstPrefillAdder(PrefillAdder):
 
 def make_adder_class(
     min_tokens: int | None,
+    awaits: Callable[[Req], bool],
     on_held: Callable[[Req], None],
     on_error: Callable[[str], None],
     base: type[RootFirstPrefillAdder] = RootFirstPrefillAdder,
@@ -119,6 +131,7 @@ def make_adder_class(
         (base,),
         {
             "min_tokens": min_tokens,
+            "awaits": staticmethod(awaits),
             "on_held": staticmethod(on_held),
             "on_error": staticmethod(on_error),
             **attributes,

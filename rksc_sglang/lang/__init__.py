@@ -2,7 +2,7 @@
 
 from rksc_sglang import compat
 from rksc_sglang.lang import endings
-from rksc_sglang.lang.branches import BranchGroup, fork
+from rksc_sglang.lang.branches import BranchGroup, fork, fork_all
 from rksc_sglang.lang.merging import Merge, MergeError, MergeRule
 from rksc_sglang.lang.node import SglVerdict, gen_verdict
 from rksc_sglang.lang.scoring import VerifyError
@@ -18,6 +18,7 @@ __all__ = [
     "Verdict",
     "VerifyError",
     "fork",
+    "fork_all",
     "gen_verdict",
     "verify",
 ]

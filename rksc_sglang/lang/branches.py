@@ -10,7 +10,7 @@ from typing import Any
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
-from rksc_sglang.contract import KEY, SHARES, RequestContract
+from rksc_sglang.contract import KEY, SHARES, RequestContract, Together
 from rksc_sglang.lang.executor import contract_of_executor, settle
 from rksc_sglang.lang.merging import Merge, MergeRule, find_merges
 from rksc_sglang.lang.sampling import BranchSamplingParams
@@ -176,9 +176,10 @@ def fork(
     confidence: bool = True,
     merge: MergeRule | None = None,
 ) -> BranchGroup:
-    """Fork a program state into ``n`` branches over its shared prefix.
+    """Fork a program state into ``n`` branches over its shared prefix, which is computed once.
 
-    The prefix is computed once, before any branch starts.
+    SGLang computes it when a state is forked, and the branches later. With RKSC's root-first
+    fan-out the server does both in one pass, as it knows how many branches will come.
 
     Args:
         s: state of an ``@sgl.function`` program.
@@ -194,36 +195,71 @@ def fork(
         ValueError: a wrong argument, named.
         RuntimeError: the program has failed before it came here.
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
     if hints is not None and (isinstance(hints, str) or len(hints) != n):
         raise ValueError(f"hints: expected {n} of them, one a branch, got {hints!r}")
-    if share is not None and share not in SHARES:
-        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
-
-    if not isinstance(s, TracerProgramState):
-        # SGLang commits the prefix when the state has text, which its own thread may not have
-        # written yet.
-        error = settle(s)
-        if error is not None:
-            raise RuntimeError(f"the program failed before the fork: {error}") from error
-    states = s.fork(n).states
-    group, depth, program = uuid.uuid4().hex, 0, None
-    if not isinstance(s, TracerProgramState):
-        parent = contract_of_executor(s.stream_executor)
-        if parent is not None and parent.depth is not None:
-            depth = parent.depth + 1
-        program = parent.program if parent is not None else _program_of(s)
-        for branch, state in enumerate(states):
-            executor = state.stream_executor
-            executor.default_sampling_para = BranchSamplingParams.of_branch(
-                executor.default_sampling_para,
-                RequestContract(
-                    program=program, group=group, branch=branch, depth=depth, share=share
-                ),
-                confidence=confidence,
-            )
-    branches = BranchGroup(states, s, group, depth, merge)
+    branches = fork_all([s], n, share=share, confidence=confidence, merge=merge)[0]
     if hints is not None:
         branches += list(hints)
     return branches
+
+
+def fork_all(
+    states: Sequence[ProgramState],
+    n: int,
+    *,
+    share: str | None = None,
+    confidence: bool = True,
+    merge: MergeRule | None = None,
+) -> list[BranchGroup]:
+    """Fork each of several states, as a search does with all that it goes on from.
+
+    The branches of all of them are asked for their first generations at the same time.
+
+    Args, raises: as :func:`fork`.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n: expected an integer of at least 1, got {n!r}")
+    if share is not None and share not in SHARES:
+        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}")
+    count = n * len(states)
+    together = Together(id=uuid.uuid4().hex, count=count) if count > 1 else None
+    groups = []
+    for s in states:
+        group, depth, program = uuid.uuid4().hex, 0, None
+        branches = _fork(s, n)
+        if not isinstance(s, TracerProgramState):
+            parent = contract_of_executor(s.stream_executor)
+            if parent is not None and parent.depth is not None:
+                depth = parent.depth + 1
+            program = parent.program if parent is not None else _program_of(s)
+            for branch, state in enumerate(branches):
+                executor = state.stream_executor
+                executor.default_sampling_para = BranchSamplingParams.of_branch(
+                    executor.default_sampling_para,
+                    RequestContract(
+                        program=program,
+                        group=group,
+                        branch=branch,
+                        depth=depth,
+                        share=share,
+                        together=together,
+                    ),
+                    confidence=confidence,
+                )
+        groups.append(BranchGroup(branches, s, group, depth, merge))
+    return groups
+
+
+def _fork(s: ProgramState, n: int) -> list[ProgramState]:
+    if isinstance(s, TracerProgramState):
+        return s.fork(n).states
+    # SGLang commits the prefix when the state has text, which its own thread may not have written
+    # yet.
+    error = settle(s)
+    if error is not None:
+        raise RuntimeError(f"the program failed before the fork: {error}") from error
+    server = server_of(s.stream_executor.backend)
+    if server is not None and server.admits_together():
+        # Into one: for several SGLang would compute the prefix now, in a pass of its own.
+        return [s.fork(1).states[0] for _ in range(n)]
+    return s.fork(n).states

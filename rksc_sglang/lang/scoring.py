@@ -11,7 +11,14 @@ from typing import Any
 
 from sglang.lang.interpreter import StreamExecutor
 
-from rksc_sglang.contract import EXITS, KEY, SHARES, RequestContract, VerifyContract
+from rksc_sglang.contract import (
+    EXITS,
+    KEY,
+    SHARES,
+    RequestContract,
+    Together,
+    VerifyContract,
+)
 from rksc_sglang.lang.executor import contract_of_executor
 from rksc_sglang.lang.server import Server, server_of
 from rksc_sglang.lang.thinking import Piece, Think, think
@@ -65,7 +72,7 @@ class Question:
     ``system`` puts the branch's text behind a system prompt of the verifier's own; ``share`` says
     whether the KV of that text may be taken over all the same; ``exit`` when the pass may stop at a
     middle layer; ``think`` has the verifier think first; ``unanimous``: all branches of the group
-    have the same answer.
+    have the same answer; ``together``: which other branches are asked at the same time.
     """
 
     text: str | None = None
@@ -75,6 +82,7 @@ class Question:
     exit: str | None = None
     think: Think | None = None
     unanimous: bool = False
+    together: Together | None = None
 
     def spellings(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """The question's text and labels, in each form that may be tried."""
@@ -231,7 +239,7 @@ def score(executor: StreamExecutor, question: Question) -> LabelScores:
     suffix, labels, tokens = _fit(executor, server, question)
     prompt = candidate_text(executor, question.system) + suffix
     asked = contract_of_executor(executor) or RequestContract()
-    asked = replace(asked, share=question.share or asked.share)
+    asked = replace(asked, share=question.share or asked.share, together=question.together)
     verify = VerifyContract(labels=labels, exit=question.exit, unanimous=question.unanimous or None)
     verification = replace(asked, verify=verify)
 

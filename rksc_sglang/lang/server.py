@@ -30,6 +30,7 @@ class Server:
         self._has_rksc: bool | None = None
         self._verify: dict[str, Any] = {}
         self._follows_branches = False
+        self._admits_together = False
 
     def has_rksc(self) -> bool:
         """Whether RKSC is on there; warns once for a server where it is not."""
@@ -40,6 +41,7 @@ class Server:
                 if self._has_rksc:
                     rank = answer.json()["ranks"][0]
                     self._verify = rank["verify"] or {}
+                    self._admits_together = rank["features"]["root_first"]["on"]
                     self._follows_branches = bool((rank["eviction"] or {}).get("life_cycle"))
                 else:
                     warnings.warn(
@@ -48,6 +50,10 @@ class Server:
                         stacklevel=2,
                     )
             return self._has_rksc
+
+    def admits_together(self) -> bool:
+        """Whether requests that are sent together compute what their prompts share once."""
+        return self.has_rksc() and self._admits_together
 
     def skip_gate(self) -> CalibratedGate | None:
         """The calibrated gate in the server's profile; None where there is none."""

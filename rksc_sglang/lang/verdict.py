@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 from sglang.lang.tracer import TracerProgramState
 
 from rksc_sglang.cgee.skip_gate import PaperGate, SkipGate, gather
+from rksc_sglang.contract import Together
 from rksc_sglang.lang.branches import BranchGroup
 from rksc_sglang.lang.executor import as_settled, settle
 from rksc_sglang.lang.node import SglVerdict
@@ -185,6 +187,8 @@ def verify(
         answers = {extract(states[branch][var]) for branch in usable}
         if len(usable) > 1 and len(answers) == 1 and answers != {None}:
             asked_for = replace(asked_for, unanimous=True)
+        together = Together(id=uuid.uuid4().hex, count=len(usable)) if len(usable) > 1 else None
+        asked_for = replace(asked_for, together=together)
     with ThreadPoolExecutor(len(states)) as pool:
         outcomes = list(pool.map(ask, range(len(states))))
 

@@ -1,4 +1,7 @@
-"""Prefill admission with splices: what the splicer decides, carried out by SGLang's adder."""
+"""Prefill admission with splices: what the splicer decides, carried out by SGLang's adder.
+
+Where passes can be joined (:mod:`rksc_sglang.serving.joined`) nobody waits for a shared prefix.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
     """Prefill admission with splicing, and with root-first fan-out where that is on."""
 
     splicer: Splicer
-    _follower: Req | None = None  # of the stage that was admitted last
+    _follower: Req | None = None  # has been promised what the pass computes for another request
 
     def add_one_req(
         self, req: Req, has_chunked_req: bool, truncation_align_size: int | None
@@ -30,7 +33,7 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
             return super().add_one_req(req, has_chunked_req, truncation_align_size)
         if self.should_hold(req):
             return AddReqResult.CONTINUE
-        step = self._prepare(req)
+        step = None if req is self._follower else self._prepare(req)
         if isinstance(step, AddReqResult):
             self.on_held(req)
             return step
@@ -46,14 +49,25 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
 
     def _try(self, req: Req, candidate: Req, *args: Any) -> tuple[AddReqResult, bool]:
         """Admit a request, or a stage in its place, if it fits."""
+        load = self.splicer.cache.loads.get(candidate.rid)
         result = super().add_one_req(candidate, *args)
         admitted = any(other is candidate for other in self.can_run_list)
-        self.splicer.settle(req, candidate, admitted)
+        self.splicer.settle(req, candidate, admitted, load)
         return result, admitted
 
     def should_hold(self, req: Req) -> bool:
-        # The prefix that a follower would wait for is its stage's.
+        # The prefix that a follower would wait for is its leader's.
         return req is not self._follower and super().should_hold(req)
+
+    def _waits_for_prefix(self, req: Req) -> bool:
+        if not super()._waits_for_prefix(req):
+            return False
+        leaders = [other for other in self.can_run_list if not other.skip_radix_cache_insert]
+        least = req.prefix_len + (self.min_tokens or 0)
+        if not self.splicer.follow(req, leaders, least, self.rem_chunk_tokens, self.cur_rem_tokens):
+            return True
+        self._follower = req
+        return False
 
     def _join(self, req: Req, stage: Req) -> Req | None:
         try:

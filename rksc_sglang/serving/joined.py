@@ -1,9 +1,13 @@
-"""Splices of a single pass: what is in front of a run is computed in the pass that reads the run.
+"""Passes in which requests read what others compute: of a prefix they share, or a run's context.
 
-A stage and its *follower* (the request itself, or its next stage) are admitted together. The
-follower has slots of its own for what the stage computes: in each layer, between the writing of KV
-and attention, the stage's KV is copied there and the run is shifted by it. In the last layer the
-gate judges. Whom it refuses gives no answer, and is looked at again: what the stage computed is
+A *leader* and its *followers* are admitted together. A follower has slots of its own for what the
+leader computes: in each layer, between the writing of KV and attention, the leader's KV is copied
+there. Requests with a prefix in common need no pass of its own for it in this way, and the prefix
+is as exact as if it had one.
+
+The leader of a splice is a stage, its follower the request that the stage is for, or its next
+stage. The run behind what the stage computes is shifted by it in each layer, and in the last one
+the gate judges. Whom it refuses gives no answer, and is looked at again: what the stage computed is
 cached by then.
 """
 
@@ -34,22 +38,22 @@ REFUSED = "the gate refused what was spliced"
 
 @dataclass(eq=False)
 class Joint:
-    """A follower whose load waits for its stage.
+    """A follower whose load waits for its leader.
 
     Attributes:
-        load: of the follower; ``load.stage`` computes what is in front of the run.
-        own: [n] int64 slots of the follower for the n tokens that the stage computes.
-        run: its head as the stage computes it, known when the pass begins, and the copy.
+        own: [n] int64 slots of the follower for the n tokens that the leader computes for it.
+        run: of a splice: its head as the leader computes it, known when the pass begins, and the
+            copy.
         lock: keeps the donor in the tree.
-        judged: by the gate.
+        complete: its slots are filled, and the gate has judged.
     """
 
     follower: Req
     load: Load
     own: torch.Tensor
-    run: Spliced
-    lock: Any
-    judged: bool = False
+    run: Spliced | None = None
+    lock: Any = None
+    complete: bool = False
 
     def refuse(self) -> None:
         """The follower gives no answer."""
@@ -97,36 +101,40 @@ class JoinedPass:
         try:
             self._computed = torch.cat([self._meet(joint) for joint in self._joints])
             self._own = torch.cat([joint.own for joint in self._joints])
-            self._shifts = self.shift.of([joint.run for joint in self._joints])
+            runs = [joint.run for joint in self._joints if joint.run is not None]
+            self._shifts = self.shift.of(runs) if runs else None
             self.backend.on_kv_written = self._on_kv_written
         except Exception:
             self._fail()
 
     def _meet(self, joint: Joint) -> torch.Tensor:
-        """The slots that the stage computes; those of the head are noted."""
-        stage = joint.load.stage
-        assert stage is not None
-        row = self.cache.req_to_token_pool.req_to_token[stage.kv.req_pool_idx, : stage.extend_end]
-        head = row[-len(joint.run.donor_head) :].long()
-        joint.run = joint.run._replace(head=head)
-        return row[stage.prefix_len :].long()
+        """The slots that the leader computes for the follower; those of a head are noted."""
+        leader = joint.load.leader
+        assert leader is not None
+        row = self.cache.req_to_token_pool.req_to_token[leader.kv.req_pool_idx]
+        computed = row[joint.load.ahead].long()
+        if joint.run is not None:
+            head = row[: joint.load.ahead.stop][-len(joint.run.donor_head) :].long()
+            joint.run = joint.run._replace(head=head)
+        return computed
 
     def _on_kv_written(self, layer: int) -> None:
         try:
-            assert self._shifts is not None
             k_cache, v_cache = self.pool.k_buffer[layer], self.pool.v_buffer[layer]
             for cache in (k_cache, v_cache):
                 cache[self._own] = cache[self._computed]
-            self._shifts.add([k_cache], [v_cache])
+            if self._shifts is not None:
+                self._shifts.add([k_cache], [v_cache])
             if layer == len(self.pool.k_buffer) - 1:
                 for joint in self._joints:
-                    self.judge(joint)
-                    joint.judged = True
+                    if joint.run is not None:
+                        self.judge(joint)
+                    joint.complete = True
         except Exception:
             self._fail()
 
     def _fail(self) -> None:
-        logger.exception("RKSC: splices failed in mid-pass; their requests are looked at again")
+        logger.exception("RKSC: sharing failed in mid-pass; its requests are looked at again")
         self.backend.on_kv_written = None
         self.cache.on_error("splice")
 
@@ -134,8 +142,9 @@ class JoinedPass:
         """The pass has been launched."""
         self.backend.on_kv_written = None
         for joint in self._joints:
-            self.cache.unlock(joint.lock)
-            if not joint.judged:
+            if joint.lock is not None:
+                self.cache.unlock(joint.lock)
+            if not joint.complete:
                 joint.refuse()
         self._joints = []
 

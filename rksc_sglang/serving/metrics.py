@@ -10,6 +10,8 @@ from typing import Any
 SCHEDULER_COUNTERS = {
     "requests": "requests that carried an rksc contract",
     "held_requests": "requests that root-first fan-out held back at least once",
+    "gathered_groups": "groups sent together of which all had arrived before the first pass",
+    "scattered_groups": "groups sent together that were not waited for any longer",
     "fallbacks": "requests that asked for an approximation and were served exactly",
     "spliced_requests": "requests that took over KV computed behind another context",
     "stages": "prefills of our own that prepared a splice",

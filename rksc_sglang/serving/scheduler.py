@@ -13,6 +13,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 
 from rksc_sglang import compat
 from rksc_sglang.asks.cost import CostModel
+from rksc_sglang.asks.gathering import Gathering
 from rksc_sglang.asks.root_first import RootFirstPrefillAdder, make_adder_class
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.contract import DOUBTED, KEY, RequestContract, ResponseInfo, contract_of
@@ -27,7 +28,7 @@ from rksc_sglang.serving.internal import is_internal
 from rksc_sglang.serving.joined import REFUSED
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
 from rksc_sglang.serving.probe import CostProbe
-from rksc_sglang.serving.radix_cache import RkscRadixCache
+from rksc_sglang.serving.radix_cache import RkscRadixCache, namespace_of
 from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splice_support import build_splicer
 from rksc_sglang.serving.splicing import Splicer
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     )
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.schedule_policy import PrefillAdder
+
+#: Between two looks at who has arrived while all wait for others: the core is theirs that send.
+ARRIVAL_SECONDS = 0.0005
 
 
 class RequestState:
@@ -136,6 +140,7 @@ class RkscScheduler(stock.Scheduler):
         self.rksc_config = config
         # Where passes are asynchronous: until they are launched.
         self.rksc_prefill_seconds = self.rksc_decode_seconds = 0.0
+        self.rksc_shortest_decode = float("inf")
         super().__init__(*args, **kwargs)
         collector = self.metrics_collector
         self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
@@ -153,6 +158,7 @@ class RkscScheduler(stock.Scheduler):
             eviction_reason=eviction_reason,
             mass_reason=mass_reason,
         )
+        self.rksc_gathering = Gathering(self._patience, self.rksc_counters.add)
         self.rksc_adder_class = self._make_adder_class()
         self.rksc_again: str | None = None  # why the request that arrives has arrived before
         self.rksc_first_logits: FirstLogits | None = None
@@ -199,17 +205,26 @@ class RkscScheduler(stock.Scheduler):
     def _make_adder_class(self) -> type[RootFirstPrefillAdder] | None:
         root_first = any(f.name == "root_first" and f.on for f in self.rksc_features)
         min_tokens = self.rksc_config.root_first_min_tokens if root_first else None
+        common = (min_tokens, self._awaits, self._count_held, self._count_error)
         if self.rksc_splicer is not None:
-            return make_adder_class(
-                min_tokens,
-                self._count_held,
-                self._count_error,
-                base=SplicingPrefillAdder,
-                splicer=self.rksc_splicer,
-            )
-        if not root_first:
-            return None
-        return make_adder_class(min_tokens, self._count_held, self._count_error)
+            splicer = self.rksc_splicer
+            return make_adder_class(*common, base=SplicingPrefillAdder, splicer=splicer)
+        return make_adder_class(*common) if root_first else None
+
+    def _awaits(self, req: Req) -> bool:
+        """Whether others are on their way with which the request was sent together."""
+        state = state_of(req)
+        together = state.contract.together if state is not None and state.contract else None
+        return together is not None and self.rksc_gathering.awaits(namespace_of(req), together)
+
+    def _patience(self) -> float:
+        """Seconds that a pass of few tokens takes here.
+
+        0 where schedulers must agree without a word, or do not see all requests.
+        """
+        args = self.server_args
+        alone = args.tp_size == args.pp_size == args.dp_size == 1
+        return self.rksc_shortest_decode if alone and self.rksc_decode_seconds else 0.0
 
     def _watch_splices(self, splicer: Splicer) -> None:
         def fit_cost(short: tuple[int, float], long: tuple[int, float]) -> None:
@@ -281,6 +296,8 @@ class RkscScheduler(stock.Scheduler):
             recv_req if splice is not None else None,
         )
         if self.rksc_again is None:  # else it has been counted before
+            if contract is not None and contract.together is not None:
+                self.rksc_gathering.arrived(namespace_of(req), contract.together)
             self.rksc_counters.add("requests", contract is not None)
             self.rksc_counters.add("fallbacks", fallback is not None)
         return req
@@ -321,10 +338,12 @@ class RkscScheduler(stock.Scheduler):
         result = super().run_batch(batch, pp_proxy_tensors)
         if joined is not None:
             joined.end()
+        seconds = time.perf_counter() - start
         if batch.forward_mode.is_extend():
-            self.rksc_prefill_seconds += time.perf_counter() - start
+            self.rksc_prefill_seconds += seconds
         elif batch.forward_mode.is_decode():
-            self.rksc_decode_seconds += time.perf_counter() - start
+            self.rksc_decode_seconds += seconds
+            self.rksc_shortest_decode = min(self.rksc_shortest_decode, seconds)
         return result
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -358,6 +377,8 @@ class RkscScheduler(stock.Scheduler):
                 self.rksc_guard.on_idle()
             if self.waiting_queue:
                 return
+        if self.waiting_queue:
+            time.sleep(ARRIVAL_SECONDS)
         super().on_idle()
 
     def get_init_info(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class SpliceState:
         stage: the stage that it waits for.
         staged_tokens: computed by stages.
         spliced_tokens, similarity: what was taken over, at which least similarity.
-        skip_until: what is in front of this position was refused by the gate.
+        skip_until: what is in front of this position is computed: the gate has refused it, or it
+            has been spliced often.
         refusals: how often, of the run that is looked at.
         reason: why nothing (more) is spliced.
         joins: a stage may share its pass with what follows it.

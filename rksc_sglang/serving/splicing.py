@@ -22,6 +22,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from rksc_sglang.asks.content_index import Run
 from rksc_sglang.asks.overlap import Windows
 from rksc_sglang.asks.plan import Planner, Take
+from rksc_sglang.asks.root_first import usable_tokens
 from rksc_sglang.serving.internal import InternalState, ModelFacts, is_internal, make_internal_req
 from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
@@ -132,6 +133,9 @@ class Splicer:
         assert self.cache.index is not None
         tokens, limit = self._spliceable(req)
         ready = req.prefix_len + len(state.private)
+        if state.tau > 0 and not len(state.private):
+            often = self.cache.reuse.often(namespace_of(req), tokens, ready)
+            state.skip_until = max(state.skip_until, often)
         runs = self._find(req, state, tokens[:limit], ready)
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
@@ -305,18 +309,81 @@ class Splicer:
         if not isinstance(step, Take):
             return None
         run, stop = step.options[0]
-        load = Load(state, run, ready - run.start, stop - run.start, self.planner.head, stage=stage)
+        load = Load(
+            state,
+            run,
+            ready - run.start,
+            stop - run.start,
+            self.planner.head,
+            leader=stage,
+            ahead=slice(req.prefix_len, ready),
+        )
         follower = self._take(req, state, load, runs, limit) or req
         length = len(follower.full_untruncated_fill_ids) - req.prefix_len
         # The donor stays until the pass has run; stage, load and the rest may need a page more.
         needed = length + run.donor_start + len(run.slots) + 3 * self.planner.page_size
-        if (room is not None and length - load.tokens > room) or needed > slots:
+        if not _fits(length - load.tokens, needed, room, slots):
             self.cache.loads.pop(follower.rid, None)
             return None
         return follower
 
+    def follow(
+        self, req: Req, leaders: Iterable[Req], least: int, room: int | None, slots: int
+    ) -> bool:
+        """Let a request read a prefix in the pass that computes it for another request.
+
+        Args:
+            leaders: admitted into the pass, with the tree as it is.
+            least: tokens of the prompt that the prefix must have.
+            room, slots: as of :meth:`join`.
+
+        Returns:
+            Whether the request may be admitted, with such a load. Not where more can be taken over
+            behind the prefix once it is cached.
+        """
+        state: SpliceState | None = req.rksc.splice
+        if (
+            self.joined is None
+            or state is None
+            or state.stage is not None
+            or not self._joins(state)
+            or req.output_ids
+            or req.retracted_stain
+        ):
+            return False
+        led = [(self._led(req, leader), leader) for leader in leaders]
+        stop, leader = max(led, key=lambda pair: pair[0], default=(0, None))
+        if leader is None or stop < least:
+            return False
+        tokens, limit = self._spliceable(req)
+        if not state.stopped and stop < limit:
+            runs = self._find(req, state, tokens[:limit], stop)
+            if self._next_stage(state, runs, stop, limit) is not None:
+                return False
+        load = Load(state, leader=leader, ahead=slice(req.prefix_len, stop))
+        length = len(tokens) - req.prefix_len
+        if not _fits(length - load.led, length + 2 * self.planner.page_size, room, slots):
+            return False
+        self._promise(req, load)
+        return True
+
+    def _led(self, req: Req, leader: Req) -> int:
+        """Where the prefix ends that a leader computes for a request in this pass; 0: nowhere."""
+        if leader.prefix_len > req.prefix_len or namespace_of(leader) != namespace_of(req):
+            return 0
+        length = min(usable_tokens(req), leader.extend_end)
+        ours, theirs = (
+            np.frombuffer(one.full_untruncated_fill_ids, dtype=np.int64)[:length]
+            for one in (req, leader)
+        )
+        length = min(len(ours), len(theirs))
+        other = np.flatnonzero(ours[:length] != theirs[:length])
+        stop = int(other[0]) if len(other) else length
+        return stop - stop % self.planner.page_size
+
     def judge(self, joint: Joint) -> None:
         """The gate, for a follower whose stage has just computed the head."""
+        assert joint.run is not None
         load, head = joint.load, joint.run.head.tolist()
         similarity = self.signatures.similarity(head, [joint.run.donor_head.tolist()])[0]
         self.judged += 1
@@ -329,12 +396,21 @@ class Splicer:
             self.refused += 1
             joint.refuse()
 
-    def settle(self, req: Req, candidate: Req, admitted: bool) -> None:
-        """Called after the adder tried to admit a request, or a stage in its place."""
+    def settle(self, req: Req, candidate: Req, admitted: bool, load: Load | None) -> None:
+        """Called after the adder tried to admit a request, or a stage in its place.
+
+        Args:
+            load: that it was promised.
+        """
         state: SpliceState | None = req.rksc.splice
         if not admitted:
             self.cache.loads.pop(candidate.rid, None)
-        elif state is not None and candidate is req:
+            return
+        if load is not None and load.run is not None:
+            tokens = np.frombuffer(candidate.full_untruncated_fill_ids, dtype=np.int64)
+            start, stop = (load.run.start + at for at in (load.first, load.stop))
+            self.cache.reuse.note(namespace_of(req), tokens, start, stop)
+        if state is not None and candidate is req:
             self.cache.active.pop(req.rid, None)
             if state.spliced_tokens:
                 self.count("spliced_requests")
@@ -402,3 +478,8 @@ class Splicer:
 
 def _accepts(state: SpliceState, similarity: float | None) -> bool:
     return state.tau <= 0 or (similarity is not None and similarity >= state.tau)
+
+
+def _fits(computed: int, needed: int, room: int | None, slots: int) -> bool:
+    """Whether a pass may compute so many tokens more, and has the slots for them."""
+    return (room is None or computed <= room) and needed <= slots

@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from rksc_sglang.asks.content_index import ContentIndex, Run
 from rksc_sglang.asks.context_shift import Spliced
+from rksc_sglang.asks.reuse import Reuse
 from rksc_sglang.serving.internal import InternalState
 from rksc_sglang.serving.joined import Joint
 from rksc_sglang.serving.radix_cache import RkscRadixCache, namespace_of
@@ -68,8 +69,9 @@ class Load(NamedTuple):
         head_tokens: how many of the run's tokens before ``first`` are computed anew.
         head: [head_tokens] int64 slots of these, behind the request's context.
         similarity: of the request's context and the run's.
-        stage: an exact stage admitted just before, whose pass computes what is in front of
-            ``first``, the head among it; ``head`` and ``similarity`` are known after it.
+        leader: admitted before, into the same pass, which computes exactly the tokens at positions
+            ``ahead`` of the prompt: those in front of the run, its head among them. ``head`` and
+            ``similarity`` are known after it. Without a run: of a prefix that both have.
     """
 
     state: SpliceState
@@ -79,11 +81,12 @@ class Load(NamedTuple):
     head_tokens: int = 0
     head: torch.Tensor | None = None
     similarity: float | None = None
-    stage: Req | None = None
+    leader: Req | None = None
+    ahead: slice = slice(0, 0)
 
     @property
     def tokens(self) -> int:
-        return len(self.state.private) + self.staged + self.stop - self.first
+        return len(self.state.private) + self.led + self.stop - self.first
 
     @property
     def copied(self) -> slice:
@@ -101,9 +104,9 @@ class Load(NamedTuple):
         return self.run.start - self.run.donor_start if self.run is not None else 0
 
     @property
-    def staged(self) -> int:
-        """Tokens in front of the run that are being computed."""
-        return self.stage.extend_end - self.stage.prefix_len if self.stage is not None else 0
+    def led(self) -> int:
+        """Tokens that the leader computes."""
+        return self.ahead.stop - self.ahead.start
 
 
 class SplicingRadixCache(RkscRadixCache):
@@ -114,6 +117,7 @@ class SplicingRadixCache(RkscRadixCache):
         loads: request id -> what its next admission shall load.
         active: request id -> its splice, while it waits for a stage or owns private slots.
         joints: of the pass that is being put together.
+        reuse: what has been spliced often, since the tree was empty.
     """
 
     def __init__(self, params: Any) -> None:
@@ -121,6 +125,7 @@ class SplicingRadixCache(RkscRadixCache):
         self.loads: dict[str, Load] = {}
         self.active: dict[str, SpliceState] = {}
         self.joints: list[Joint] = []
+        self.reuse = Reuse()
         self._copy: Copy | None = None
         self._appended: dict[str, torch.Tensor] = {}
         self.index_nanoseconds = 0
@@ -147,6 +152,7 @@ class SplicingRadixCache(RkscRadixCache):
         if self.index is not None:
             self.index_version += 1
             self.index.clear()
+            self.reuse.clear()
 
     def _index(self, key: RadixKey, result: InsertResult) -> None:
         assert self.index is not None
@@ -187,10 +193,10 @@ class SplicingRadixCache(RkscRadixCache):
             load.state.give_up("the memory or the donor is gone")
             return 0, req.last_node
         load.state.private = slots[:0]  # they are in the row of the request from here on
-        if load.stage is None:
+        if load.leader is None:
             load.state.took(load)
         self._appended[req.rid] = slots
-        req.skip_radix_cache_insert = True
+        req.skip_radix_cache_insert |= load.run is not None or load.leader is None
         return len(slots), req.last_node
 
     def load_back_is_cache_owned(self) -> bool:
@@ -212,7 +218,7 @@ class SplicingRadixCache(RkscRadixCache):
         """The slots of a load, filled; None where memory or the donor is not there (any more)."""
         try:
             if load.run is None:
-                return load.state.private
+                return load.state.private if load.leader is None else self._follow(load, req)
             donor = self._donor(load.run, req)
             if donor is None:
                 return None
@@ -220,7 +226,7 @@ class SplicingRadixCache(RkscRadixCache):
             lock = self.lock(node)  # making room for the copy must not evict it
             try:
                 filled = self._copied(load, slots)
-                if filled is not None and load.stage is not None:
+                if filled is not None and load.leader is not None:
                     self._join(load, req, filled, slots, self.lock(node))
                 return filled
             finally:
@@ -242,11 +248,20 @@ class SplicingRadixCache(RkscRadixCache):
             return None
         return match.last_device_node, torch.from_numpy(run.slots)
 
+    def _follow(self, load: Load, req: Req) -> torch.Tensor | None:
+        """Slots that are filled with the leader's KV in the pass."""
+        slots = self._make_room(load.led)
+        if slots is not None:
+            self.joints.append(Joint(req, load, slots))
+        return slots
+
+    def _make_room(self, count: int) -> torch.Tensor | None:
+        evict_from_tree_cache(self, count)
+        return self.token_to_kv_pool_allocator.alloc(count)
+
     def _copied(self, load: Load, donor: torch.Tensor) -> torch.Tensor | None:
         assert self._copy is not None
-        count = load.tokens - len(load.state.private)
-        evict_from_tree_cache(self, count)
-        slots = self.token_to_kv_pool_allocator.alloc(count)
+        slots = self._make_room(load.tokens - len(load.state.private))
         if slots is None:
             return None
         donor = donor.to(slots.device)
@@ -254,7 +269,7 @@ class SplicingRadixCache(RkscRadixCache):
         try:
             self._copy(
                 donor[load.copied],
-                slots[load.staged :],
+                slots[load.led :],
                 load.delta,
                 head,
                 donor[load.recomputed],
@@ -268,7 +283,7 @@ class SplicingRadixCache(RkscRadixCache):
         self, load: Load, req: Req, slots: torch.Tensor, donor: torch.Tensor, lock: Any
     ) -> None:
         """What is in front of the copy follows in the pass."""
-        own, target = slots[: load.staged], slots[load.staged :]
+        own, target = slots[: load.led], slots[load.led :]
         donor_head = donor[load.recomputed].to(slots.device)
         run = Spliced(own[:0], donor_head, target, load.delta)
         self.joints.append(Joint(req, load, own, run, lock))

@@ -7,6 +7,7 @@ from rksc_sglang.contract import (
     ContractError,
     RequestContract,
     ResponseInfo,
+    Together,
     VerifyContract,
     contract_of,
 )
@@ -19,6 +20,7 @@ contracts = st.builds(
     depth=st.none() | st.integers(0, 10),
     share=st.sampled_from([None, "exact", "similar"]),
     tau=st.none() | st.floats(0, 1),
+    together=st.none() | st.builds(Together, id=st.text(min_size=1), count=st.integers(1, 1000)),
     verify=st.none()
     | st.builds(
         VerifyContract,
@@ -51,6 +53,11 @@ def test_what_the_frontend_writes_the_server_reads(contract):
         ({"tau": 1.01}, "rksc.tau"),
         ({"tau": "0.8"}, "rksc.tau"),
         ({"tau": float("nan")}, "rksc.tau"),
+        ({"together": 3}, "rksc.together"),
+        ({"together": {"id": "", "count": 2}}, "rksc.together.id"),
+        ({"together": {"id": "a", "count": 0}}, "rksc.together.count"),
+        ({"together": {"id": "a", "count": True}}, "rksc.together.count"),
+        ({"together": {"id": "a", "count": 2, "of": 3}}, "rksc.together.of"),
         ({"verify": True}, "rksc.verify"),
         ({"verify": {}}, "rksc.verify.labels"),
         ({"verify": {"labels": ["YES"]}}, "rksc.verify.labels"),

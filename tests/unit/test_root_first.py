@@ -21,8 +21,10 @@ def admit(make_cache):
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     cache = make_cache(RkscRadixCache, capacity=4096)
-    held, errors = [], []
-    adder_class = make_adder_class(32, on_held=held.append, on_error=errors.append)
+    held, errors, awaiting = [], [], set()
+    adder_class = make_adder_class(
+        32, lambda req: req.rid in awaiting, on_held=held.append, on_error=errors.append
+    )
 
     def run(queue, running=()):
         held.clear()
@@ -42,7 +44,7 @@ def admit(make_cache):
         assert not errors
         return [req.rid for req in adder.can_run_list], [req.rid for req in held]
 
-    run.cache, run.errors = cache, errors
+    run.cache, run.errors, run.awaiting = cache, errors, awaiting
     return run
 
 
@@ -90,6 +92,14 @@ def test_a_stranger_behind_held_siblings_is_admitted(admit, make_req):
     assert admit(reqs) == (["r0", "stranger"], ["r1", "r2"])
 
 
+def test_who_awaits_others_stays_in_the_queue(admit, make_req):
+    reqs = [make_req(f"r{i}", range(1000 * i, 1000 * i + 60)) for i in range(3)]
+    admit.awaiting |= {"r0", "r2"}
+    assert admit(reqs) == (["r1"], ["r0", "r2"])
+    admit.awaiting.clear()
+    assert admit([reqs[0], reqs[2]]) == (["r0", "r2"], [])
+
+
 @pytest.mark.parametrize("key", ["extra_key", "cache_salt"])
 def test_tenants_do_not_wait_for_each_other(admit, make_req, key):
     ours, theirs = make_req("a", PREFIX, **{key: "a"}), make_req("b", PREFIX, **{key: "b"})
@@ -113,7 +123,9 @@ def test_a_failure_admits_at_once_and_is_counted(admit, make_req):
     first, _ = siblings(make_req, 2)
     broken = SimpleNamespace(finished=lambda: 1 / 0)
     first.init_next_round_input(admit.cache)
-    adder_class = make_adder_class(32, on_held=lambda req: None, on_error=admit.errors.append)
+    adder_class = make_adder_class(
+        32, lambda req: False, on_held=lambda req: None, on_error=admit.errors.append
+    )
     adder = adder_class(
         1, admit.cache, admit.cache.token_to_kv_pool_allocator, None, 1.0, 2048, None
     )

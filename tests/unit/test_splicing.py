@@ -16,6 +16,7 @@ from rksc_sglang.asks.content_index import ContentIndex
 from rksc_sglang.asks.cost import CostModel
 from rksc_sglang.asks.plan import Planner
 from rksc_sglang.asks.profile import Thresholds
+from rksc_sglang.asks.reuse import OFTEN
 from rksc_sglang.asks.root_first import make_adder_class
 from rksc_sglang.serving.admission import SplicingPrefillAdder
 from rksc_sglang.serving.internal import ModelFacts, is_internal
@@ -76,6 +77,7 @@ class Scheduler:
         )
         self.adder_class = make_adder_class(
             8,
+            awaits=lambda req: False,
             on_held=lambda req: None,
             on_error=self.fail,
             base=SplicingPrefillAdder,
@@ -187,6 +189,9 @@ class Scheduler:
     def _run(self, batch):
         """A layer of a forward pass: all KV is written, then it is read."""
         self.joined.begin()
+        for joint in self.joined._joints:
+            for slot in joint.own.tolist():
+                self.kv.pop(slot, None)  # what it held for others before
         for req in batch:
             self._write(req, req.prefix_len, req.extend_end)
         if self.backend.on_kv_written is not None:
@@ -407,6 +412,29 @@ def test_nobody_waits_for_a_donor_whose_run_would_not_pay(scheduler):
     assert scheduler.serve(*reqs) == 1
 
 
+def test_what_is_spliced_again_and_again_is_computed(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG, 5]))
+    spliced = []
+    for number in range(6):
+        req = scheduler.send(f"b{number}", [4, 6, 7, 8, *LONG, 20 + number])
+        scheduler.serve(req)
+        spliced.append(req.rksc.splice.spliced_tokens)
+    assert min(spliced[:OFTEN]) > 40
+    assert max(spliced[OFTEN:]) < 16  # what does not fill a block
+    assert req.cached_tokens > 60  # exactly, for all that come behind the first
+    # Behind another context it has not been spliced before, and after a reset nothing has.
+    other = scheduler.send("c", [9, 9, 9, *LONG, 5])
+    scheduler.serve(other)
+    assert other.rksc.splice.spliced_tokens > 40
+    scheduler.cache.reset()
+    scheduler.cache.token_to_kv_pool_allocator.clear()
+    scheduler.serve(scheduler.send("d", [1, 2, 3, *LONG, 5]))
+    again = scheduler.send("e", [4, 6, 7, 8, *LONG, 5])
+    scheduler.serve(again)
+    assert again.rksc.splice.spliced_tokens > 40
+    scheduler.check()
+
+
 def test_input_logprobs_over_the_run_are_computed(scheduler):
     scheduler.serve(scheduler.send("a", [1, 2, 3, *DOC, 5]))
     second = scheduler.send("b", [4, 6, 7, 8, *DOC, 9])
@@ -524,6 +552,56 @@ def test_siblings_share_the_pass_too(joining):
     joining.check()
 
 
+def test_a_shared_prefix_is_computed_once_in_the_pass_that_reads_it(joining):
+    alone = joining.send("alone", [*LONG, 1])
+    joining.serve(alone)
+    prefix = [*range(200, 240)]
+    reqs = [joining.send(str(i), [*LONG, *prefix, *range(10 * i, 10 * i + i)]) for i in range(1, 5)]
+    batch = joining.prefill()
+    assert [req.rid for req in batch] == ["1", "2", "3", "4"]
+    joining.check()
+    assert joining.serve(*reqs) == 0  # further passes
+    page = joining.cache.page_size
+    cached = len(LONG) // page * page
+    assert reqs[0].cached_tokens == cached
+    for number, req in enumerate(reqs[1:], 2):
+        shared = (len(LONG) + len(prefix)) // page * page
+        assert req.cached_tokens == shared
+        assert joining.computed[req.rid] == len(LONG) + len(prefix) + number - shared
+        assert req.rksc.splice.spliced_tokens == 0
+        assert not req.skip_radix_cache_insert
+    joining.check()
+    # All of it is exact, and in the tree.
+    again = joining.send("again", [*LONG, *prefix, *range(40, 44), 90, 2])
+    joining.serve(again)
+    assert again.cached_tokens >= len(again.origin_input_ids) - 1 - page
+
+
+def test_who_would_find_more_behind_the_prefix_waits_for_it(joining):
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    reqs = [joining.send(str(i), [*LONG, *DOC, i]) for i in range(2)]
+    assert joining.serve(*reqs) == 2
+    assert reqs[1].rksc.splice.spliced_tokens + reqs[1].cached_tokens > len(LONG)
+    joining.check()
+
+
+def test_input_logprobs_over_a_shared_prefix_are_computed(joining):
+    reqs = [joining.send(str(i), [*LONG, i]) for i in range(2)]
+    reqs[1].return_logprob, reqs[1].logprob_start_len = True, 4
+    joining.serve(*reqs)
+    assert joining.computed["1"] >= len(LONG) - 4
+
+
+@pytest.mark.parametrize("capacity", range(72, 160, 8))
+def test_followers_of_a_prefix_need_slots_of_their_own(make_cache, make_req, capacity):
+    joining = Scheduler(make_cache, make_req, capacity, joins=True)
+    reqs = [joining.send(str(i), [*LONG, i]) for i in range(3)]
+    passes = joining.serve(*reqs)
+    assert passes == 1 or capacity < 3 * len(LONG)
+    assert sum(joining.computed.values()) == len(LONG) + 3
+    joining.check()
+
+
 @pytest.mark.parametrize("runs", [1, 2])
 def test_whom_the_gate_refuses_in_the_pass_is_looked_at_again(joining, runs):
     """Then as one that has waited for its stage: here with longer heads, refused as well."""
@@ -605,6 +683,19 @@ def test_a_failure_in_mid_pass_is_looked_at_again(joining, where):
     assert errors == ["splice"]
     assert second.rksc.splice.discarded
     assert joining.latest(second).rksc.splice.spliced_tokens > 0  # in two passes
+    joining.check()
+
+
+def test_followers_of_a_prefix_are_looked_at_again_after_a_failure(joining):
+    errors = []
+    joining.cache.on_error = errors.append
+    joining.backend = joining.joined.backend = SimpleNamespace(on_kv_written=None)
+    joining.joined.pool.k_buffer = None
+    reqs = [joining.send(str(i), [*LONG, i]) for i in range(2)]
+    joining.serve(*reqs)
+    assert errors == ["splice"]
+    assert reqs[1].rksc.splice.discarded
+    assert joining.latest(reqs[1]).cached_tokens == len(LONG)
     joining.check()
 
 

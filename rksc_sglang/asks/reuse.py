@@ -1,0 +1,63 @@
+"""Which prefixes have been spliced so often that computing them exactly pays.
+
+What is spliced is a request's own: the next one behind the same context must be spliced again, and
+each attends to a copy of its own while it decodes. What is computed exactly is in the tree for all
+of them. How often a prefix will come back is not known beforehand, so the first are spliced.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import numpy as np
+
+#: Prefixes are told apart at every so many tokens.
+BLOCK = 16
+#: What has been spliced so often is computed the next time.
+OFTEN = 3
+#: Blocks that are remembered.
+REMEMBERED = 1 << 16
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Reuse:
+    """Counts, of one server, how often each prefix ended in something spliced."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[tuple[Hashable, int], int] = OrderedDict()
+
+    def note(self, namespace: Hashable, tokens: np.ndarray, start: int, stop: int) -> None:
+        """A request takes over its tokens from ``start`` to ``stop``.
+
+        Args:
+            tokens: [n] int64, the request's from its first one on.
+        """
+        hashes = _prefix_hashes(tokens[:stop])
+        for hash_ in hashes[start // BLOCK :]:
+            key = (namespace, hash_)
+            self._counts[key] = self._counts.get(key, 0) + 1
+            self._counts.move_to_end(key)
+        while len(self._counts) > REMEMBERED:
+            self._counts.popitem(last=False)
+
+    def often(self, namespace: Hashable, tokens: np.ndarray, start: int) -> int:
+        """Where the part of a prompt ends, from ``start`` on, that has been spliced often."""
+        stop = start
+        if not self._counts:
+            return stop
+        for block, hash_ in enumerate(_prefix_hashes(tokens)[start // BLOCK :], start // BLOCK):
+            if self._counts.get((namespace, hash_), 0) >= OFTEN:
+                stop = (block + 1) * BLOCK
+        return stop
+
+    def clear(self) -> None:
+        self._counts.clear()
+
+
+def _prefix_hashes(tokens: np.ndarray) -> list[int]:
+    """Of the first 16, 32, ... tokens."""
+    powers = np.full(len(tokens), _FACTOR).cumprod()
+    sums = ((tokens.astype(np.uint64) + np.uint64(1)) * powers).cumsum()
+    return sums[BLOCK - 1 :: BLOCK].tolist()
