@@ -25,10 +25,12 @@ logger = logging.getLogger(__name__)
 def is_publishing(req: Req) -> bool:
     """Whether the request is computing prompt KV that the tree will hold but does not hold yet.
 
-    SGLang moves ``prefix_len`` up to ``extend_end`` at the moment it publishes an extend.
+    SGLang moves ``prefix_len`` up to ``extend_end`` at the moment it publishes an extend. What
+    decodes in a mixed batch has an ``extend_end``, too, and publishes at its end.
     """
     return (
         not req.finished()
+        and not req.output_ids
         and not req.skip_radix_cache_insert
         and req.extend_end is not None
         and req.prefix_len < req.extend_end

@@ -12,6 +12,7 @@ SCHEDULER_COUNTERS = {
     "held_requests": "requests that root-first fan-out held back at least once",
     "gathered_groups": "groups sent together of which all had arrived before the first pass",
     "scattered_groups": "groups sent together that were not waited for any longer",
+    "joined_prefixes": "requests that read a prefix in the pass that computed it for another one",
     "fallbacks": "requests that asked for an approximation and were served exactly",
     "spliced_requests": "requests that took over KV computed behind another context",
     "stages": "prefills of our own that prepared a splice",

@@ -410,6 +410,8 @@ class Splicer:
             tokens = np.frombuffer(candidate.full_untruncated_fill_ids, dtype=np.int64)
             start, stop = (load.run.start + at for at in (load.first, load.stop))
             self.cache.reuse.note(namespace_of(req), tokens, start, stop)
+        elif load is not None and load.leader is not None:
+            self.count("joined_prefixes")
         if state is not None and candidate is req:
             self.cache.active.pop(req.rid, None)
             if state.spliced_tokens:

@@ -220,6 +220,13 @@ def test_bad_branch_states_are_http_400_naming_the_field(server, body, named):
 def test_metrics_are_named_rksc(server):
     generate(server, rksc={"tau": 7})
     text = requests.get(server + "/metrics", timeout=60).text
-    for name in ("requests", "held_requests", "fallbacks", "errors", "rejected_requests"):
+    for name in (
+        "requests",
+        "held_requests",
+        "gathered_groups",
+        "fallbacks",
+        "errors",
+        "rejected_requests",
+    ):
         assert f"rksc:{name}_total{{" in text
     assert "sglang:" in text

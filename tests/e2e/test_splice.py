@@ -115,6 +115,30 @@ def test_head_and_tail_in_one_pass_or_in_two(splicing, smollm2):
         assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
 
 
+def test_siblings_read_their_prefix_in_the_pass_that_computes_it(splicing):
+    texts = [prompt(0, question=f"What is said of year {number}?") for number in (1874, 1902, 30)]
+    options = {"return_logprob": True, "top_logprobs_num": 5}
+    for attempt in range(10):  # a machine may be too busy for them to come together
+        before = rank(splicing)["counters"]
+        contract = {"together": {"id": f"siblings-{attempt}", "count": len(texts)}}
+        send = partial(ask, splicing, salt=f"together-{attempt}", rksc=contract, **options)
+        with ThreadPoolExecutor(len(texts)) as pool:
+            together = list(pool.map(send, texts))
+        after = rank(splicing)["counters"]
+        if after["gathered_groups"] > before["gathered_groups"]:
+            break
+    assert after["gathered_groups"] == before["gathered_groups"] + 1
+    assert after["joined_prefixes"] == before["joined_prefixes"] + 2
+    assert sorted(a["meta_info"]["cached_tokens"] > 96 for a in together) == [False, True, True]
+    for number, (text, answer) in enumerate(zip(texts, together)):
+        assert info(answer)["share"] == "exact"
+        alone = ask(splicing, text, "exact", f"alone-{number}", **options)
+        assert answer["output_ids"] == alone["output_ids"]
+        first = [x["meta_info"]["output_top_logprobs"][0] for x in (answer, alone)]
+        for ours, theirs in zip(*first):
+            assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
+
+
 def test_whom_the_gate_refuses_in_mid_pass_is_served_exactly(splicing, server):
     ask(splicing, prompt(0), "similar", "refused")
     before = rank(splicing)["counters"]

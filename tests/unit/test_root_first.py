@@ -82,6 +82,14 @@ def test_siblings_wait_for_a_prefix_that_is_in_the_forward_pass(admit, make_req)
     assert admit(others, running=[first])[1] == []
 
 
+def test_nobody_waits_for_a_request_that_decodes_in_a_mixed_batch(admit, make_req):
+    first, *others = siblings(make_req)
+    admit([first])
+    first.output_ids.append(5)
+    assert not is_publishing(first)
+    assert admit(others, running=[first])[1] == ["r2", "r3"]  # for r1
+
+
 def test_unrelated_requests_are_admitted_together(admit, make_req):
     reqs = [make_req(f"r{i}", range(1000 * i, 1000 * i + 60)) for i in range(4)]
     assert admit(reqs) == (["r0", "r1", "r2", "r3"], [])

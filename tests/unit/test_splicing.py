@@ -560,6 +560,7 @@ def test_a_shared_prefix_is_computed_once_in_the_pass_that_reads_it(joining):
     batch = joining.prefill()
     assert [req.rid for req in batch] == ["1", "2", "3", "4"]
     joining.check()
+    assert joining.counts == ["joined_prefixes"] * 3
     assert joining.serve(*reqs) == 0  # further passes
     page = joining.cache.page_size
     cached = len(LONG) // page * page
