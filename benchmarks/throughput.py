@@ -5,8 +5,9 @@ user wrote it with the frontend language; sglang_best (stock, the cache-aware sc
 best form in plain SGLang; rksc is mode balanced, and rksc_no_X the same without X. All use the same
 attention backend. In a round each condition solves the same problems, from an empty cache; all do
 so at the same time, in turns of a second, while the others' servers are stopped. A ratio is of
-problems a second in one round, of the seconds in its turns. Samples are independent: SGLang takes
-sampling seeds only with deterministic inference, which no CPU attention backend has.
+problems a second in one round, of the seconds in its turns. Equal servers differ by some percent
+for as long as they run, so rounds are on servers that were started anew. Samples are independent:
+SGLang takes sampling seeds only with deterministic inference, which no CPU attention backend has.
 
 Parts, with the minutes that a full run takes on 2 cores (4 GB of memory a server): speed (50),
 no_kv (25), ablations (45), growth (25: more branches, longer documents), open (40: problems arrive
@@ -14,8 +15,7 @@ at 0.7 of what sglang_best can do), accuracy (SmolLM2 45; with --bare 1,008 prob
 the reasoner) and paper (27). In all but accuracy every generation has a given length, drawn once a
 problem, and only samples that can no longer change the outcome end earlier. Run the parts one by
 one, with the same --json file: it keeps what the others measured. Another --seed adds rounds to a
-part, on servers that were started anew. --programs divides a part further; growth and paper have
-programs of their own.
+part. --programs divides a part further; growth and paper have programs of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,11 +77,11 @@ WARM_UP = Task("What is 3 + 4?", lambda answer: False, (4,))
 
 
 class Load(NamedTuple):
-    """Rounds of ``problems`` each, ``concurrency`` at a time."""
+    """Rounds of ``problems`` each, ``concurrency`` at a time; so many on each start of servers."""
 
     concurrency: int
     problems: int
-    rounds: int
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Sizes:
 
     Attributes:
         loads: of each part; of the part "open", how its rate is found and how much arrives.
+        starts: how often the servers of a part are started; once where it is not said.
         answers, lines: least and most tokens of a whole answer, and of a line of a search.
         examples: solved ones in front of a problem.
         document: words of prose in front of a question about a text.
@@ -98,6 +99,7 @@ class Sizes:
     """
 
     loads: Mapping[str, Sequence[Load]]
+    starts: Mapping[str, int] = field(default_factory=dict)
     answers: tuple[int, int] = (16, 48)
     lines: tuple[int, int] = (8, 16)
     examples: int = 3
@@ -109,22 +111,23 @@ class Sizes:
 
 FULL = Sizes(
     {
-        "speed": (Load(1, 1, 3), Load(4, 4, 4)),
-        "no_kv": (Load(1, 1, 2), Load(4, 4, 2)),
-        "ablations": (Load(4, 4, 2),),
-        "growth": (Load(2, 2, 3),),
-        "open": (Load(4, 8, 1),),
+        "speed": (Load(1, 1), Load(4, 4)),
+        "no_kv": (Load(1, 1), Load(4, 4)),
+        "ablations": (Load(4, 4),),
+        "growth": (Load(2, 2),),
+        "open": (Load(4, 8),),
         "accuracy": (Load(4, 8, 2),),
-        "paper": (Load(1, 1, 14),),
-    }
+        "paper": (Load(1, 1, 3),),
+    },
+    {"speed": 3, "no_kv": 2, "ablations": 2, "growth": 3, "paper": 4},
 )
 #: Parts that --quick runs by default, and how much of them.
 QUICK_PARTS = ("speed", "no_kv", "paper")
 QUICK = Sizes(
     {
-        **dict.fromkeys(PARTS, (Load(2, 2, 1),)),
-        "no_kv": (Load(1, 1, 1),),
-        "paper": (Load(1, 1, 1),),
+        **dict.fromkeys(PARTS, (Load(2, 2),)),
+        "no_kv": (Load(1, 1),),
+        "paper": (Load(1, 1),),
     },
     answers=(8, 16),
     lines=(4, 8),
@@ -134,7 +137,7 @@ QUICK = Sizes(
     branches=(1, 2),
     documents=(0,),
 )
-BARE_ACCURACY = {False: Load(16, 48, 21), True: Load(16, 48, 1)}  # by --quick
+BARE_ACCURACY = {False: Load(16, 48, 21), True: Load(16, 48)}  # by --quick
 
 
 class Workload(NamedTuple):
@@ -153,8 +156,8 @@ class Workload(NamedTuple):
 class Part:
     """Measures one part.
 
-    Args:
-        servers: of its conditions, by their names.
+    Attributes:
+        servers: of its conditions, by their names, on which it measures.
     """
 
     def __init__(
@@ -164,23 +167,24 @@ class Part:
         sizes: Sizes,
         model: Path,
         conditions: Sequence[Condition],
-        servers: Mapping[str, Server],
     ) -> None:
         self.name = name
         self.args = args
         self.sizes = sizes
-        self.servers = servers
+        self.servers: Mapping[str, Server] = {}
         self.model_path = model
         self.model = Path(args.model_path).name if args.model_path else SPEED_MODEL
         self.conditions = conditions
         examples = 0 if name == "paper" else sizes.examples
         self.settings = Settings(examples=solved_examples(examples))
         self.workloads = list(self._workloads())
+        self.starts = sizes.starts.get(name, 1)
+        self._rng = random.Random(f"{args.seed}/{name}")
 
     @property
     def runs(self) -> int:
         """How many rows there will be."""
-        rounds = sum(load.rounds for load in self.sizes.loads[self.name])
+        rounds = self.starts * sum(load.rounds for load in self.sizes.loads[self.name])
         return len(self.workloads) * len(self.conditions) * rounds
 
     def _workloads(self) -> Iterator[Workload]:
@@ -213,14 +217,15 @@ class Part:
                 tasks = with_lengths(tasks, span, LENGTHS, seed)
             yield Workload(name, PROGRAMS[name], tasks)
 
-    def measure(self) -> Iterator[Row]:
-        rng = random.Random(f"{self.args.seed}/{self.name}")
+    def measure(self, start: int) -> Iterator[Row]:
+        """The rounds of one start, on servers that are up."""
+        rng = self._rng
         for number, workload in enumerate(self.workloads):
             name, tasks = workload.name, workload.tasks
             if number == 0:  # first calls allocate and compile
                 self._round(self.conditions, workload, [WARM_UP], 1)
             for load in self.sizes.loads[self.name]:
-                for round_ in range(load.rounds):
+                for round_ in range(start * load.rounds, (start + 1) * load.rounds):
                     drawn = [next(tasks) for _ in range(load.problems)]
                     arrivals = self._arrivals(workload, load, rng)
                     place = "open" if arrivals else str(load.concurrency)
@@ -310,7 +315,7 @@ class Part:
 def measure(
     args: argparse.Namespace, sizes: Sizes, on_part: Callable[[list[Row], Row], None]
 ) -> None:
-    """Measure the chosen parts, each on servers that are up at the same time.
+    """Measure the chosen parts, the conditions of each on servers that are up at the same time.
 
     Args:
         on_part: called after each part with its rows, and with what they were taken with.
@@ -328,21 +333,25 @@ def measure(
                 one.name: [*common, *SERVERS[one.name], *(profile if one.name in OURS else [])]
                 for one in conditions
             }
-            bar = progress.add_task(f"{name}: starting servers", total=None)
-            with start_together(flags) as processes:
-                progress.remove_task(bar)
-                servers = {one: Server(one, process) for one, process in processes.items()}
-                part = Part(name, args, sizes, model, conditions, servers)
-                rows = list(progress.track(part.measure(), part.runs, description=name))
-                run = {
-                    "part": name,
-                    "model": part.model,
-                    "argv": sys.argv[1:],
-                    "machine": harness.machine(),
-                    "flags": flags,
-                    "mechanisms": {one.name: asdict(one.mechanisms) for one in conditions},
-                    "rksc": servers[RKSC].status(),
-                }
+            part = Part(name, args, sizes, model, conditions)
+            rows: list[Row] = []
+            bar = progress.add_task(f"{name}: starting servers", total=part.runs)
+            for start in range(part.starts):
+                with start_together(flags) as processes:
+                    part.servers = {one: Server(one, process) for one, process in processes.items()}
+                    for row in part.measure(start):
+                        rows.append(row)
+                        progress.update(bar, advance=1, description=name)
+                    status = part.servers[RKSC].status()
+            run = {
+                "part": name,
+                "model": part.model,
+                "argv": sys.argv[1:],
+                "machine": harness.machine(),
+                "flags": flags,
+                "mechanisms": {one.name: asdict(one.mechanisms) for one in conditions},
+                "rksc": status,
+            }
             on_part(rows, run)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -114,7 +113,6 @@ class Guard:
         self.tenants: dict[Hashable, TenantMonitor] = {}
         self._waiting: deque[Req] = deque(maxlen=MAX_WAITING)
         self._random = random.Random(0)
-        self._busy_at = 0.0
 
     def allows(self, namespace: Hashable) -> bool:
         tenant = self.tenants.get(namespace)
@@ -165,16 +163,12 @@ class Guard:
                 tenant.to_dict(),
             )
 
-    def on_idle(self) -> None:
-        """Called again and again while there is nothing to do: runs the next shadow."""
-        now = time.monotonic()
-        if self._busy_at == 0.0:
-            self._busy_at = now
-        if self._waiting and now - self._busy_at >= IDLE_SECONDS:
+    def on_idle(self, quiet: float) -> None:
+        """Called again and again while there is nothing to do, for some seconds now: runs the next
+        shadow.
+        """
+        if self._waiting and quiet >= IDLE_SECONDS:
             self.submit(self._waiting.popleft())
-
-    def on_busy(self) -> None:
-        self._busy_at = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,28 @@ if TYPE_CHECKING:
 
 #: Seconds without work before a measurement of our own may run: bursts have shorter gaps.
 IDLE_SECONDS = 1.0
+#: Seconds between two looks at a server beyond which nothing is known of what came in meanwhile:
+#: its process was stopped, or had no processor.
+BLIND_SECONDS = 0.2
+
+
+class Quiet:
+    """For how long a server has been seen to have no work."""
+
+    def __init__(self) -> None:
+        self._since = self._looked = time.monotonic()
+
+    def look(self) -> float:
+        """Called again and again while there is none; gives the seconds."""
+        now = time.monotonic()
+        if now - self._looked > BLIND_SECONDS:
+            self._since = now
+        self._looked = now
+        return now - self._since
+
+    def end(self) -> None:
+        """There is work."""
+        self._since = self._looked = time.monotonic()
 
 
 @dataclass(eq=False)

@@ -56,28 +56,28 @@ class CostProbe:
         self._started = 0.0
         self._passes = 0
 
-    def on_idle(self, forward_passes: int) -> bool:
+    def on_idle(self, forward_passes: int, quiet: float) -> bool:
         """Called again and again while the server is idle.
 
         Args:
             forward_passes: how many the server has made: one more means that ours ran alone.
+            quiet: seconds that it has been so.
 
         Returns:
             Whether a prefill was submitted.
         """
         now = time.perf_counter()
+        ran_alone = self._running is not None and forward_passes == self._passes + 1
         if self._running is not None:
-            if forward_passes == self._passes + 1:
+            if ran_alone:
                 self._end_prefill(len(self._running.origin_input_ids), now - self._started)
-                self._passes = forward_passes
             elif self._long in self._seconds:  # else it is needed: made again when all is quiet
                 self._left = []
                 self._end_round()
             self._running = None
-        if forward_passes != self._passes:
-            # Others' work: the next of it would wait for a prefill that begins now.
-            self._passes = forward_passes
-            self._next = max(self._next, now + IDLE_SECONDS)
+        self._passes = forward_passes
+        if not ran_alone and quiet < IDLE_SECONDS:
+            return False  # the next of others' work would wait for a prefill that begins now
         if not self._left and self._rounds and now >= self._next:
             self._rounds -= 1
             self._left = [SHORT, SHORT, self._long, self._long]

@@ -24,7 +24,7 @@ from rksc_sglang.serving.evicting import build_sampler, check_eviction, receive
 from rksc_sglang.serving.features import Unsupported, decide, fallback_reason
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
-from rksc_sglang.serving.internal import is_internal
+from rksc_sglang.serving.internal import Quiet, is_internal
 from rksc_sglang.serving.joined import REFUSED
 from rksc_sglang.serving.metrics import SCHEDULER_COUNTERS, Counters
 from rksc_sglang.serving.probe import CostProbe
@@ -141,6 +141,7 @@ class RkscScheduler(stock.Scheduler):
         # Where passes are asynchronous: until they are launched.
         self.rksc_prefill_seconds = self.rksc_decode_seconds = 0.0
         self.rksc_shortest_decode = float("inf")
+        self.rksc_quiet = Quiet()
         super().__init__(*args, **kwargs)
         collector = self.metrics_collector
         self.rksc_counters = Counters(SCHEDULER_COUNTERS, collector and collector.labels)
@@ -330,7 +331,7 @@ class RkscScheduler(stock.Scheduler):
             self.rksc_verifications.batch = batch
         if self.rksc_guard is not None and self.rksc_first_logits is not None:
             self.rksc_first_logits.batch = batch
-            self.rksc_guard.on_busy()
+        self.rksc_quiet.end()
         joined = self.rksc_splicer.joined if self.rksc_splicer is not None else None
         if joined is not None:
             joined.begin()
@@ -373,8 +374,9 @@ class RkscScheduler(stock.Scheduler):
 
     def on_idle(self) -> None:
         if self.rksc_guard is not None and self.is_fully_idle():
-            if self.rksc_probe is None or not self.rksc_probe.on_idle(self.forward_ct):
-                self.rksc_guard.on_idle()
+            quiet = self.rksc_quiet.look()
+            if self.rksc_probe is None or not self.rksc_probe.on_idle(self.forward_ct, quiet):
+                self.rksc_guard.on_idle(quiet)
             if self.waiting_queue:
                 return
         if self.waiting_queue:

@@ -9,11 +9,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import nn
 
 from rksc_sglang.serving import guard as guard_module
+from rksc_sglang.serving import internal
 from rksc_sglang.serving import probe as probe_module
 from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
-from rksc_sglang.serving.internal import IDLE_SECONDS, ModelFacts
+from rksc_sglang.serving.internal import IDLE_SECONDS, ModelFacts, Quiet
 from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
 from rksc_sglang.serving.splice_state import SpliceState
 
@@ -28,10 +29,8 @@ class LogitsProcessor(nn.Module):
 
 
 @pytest.fixture
-def server(make_req, monkeypatch):
-    """A guard that shadows all, on a clock of its own; ``forward`` is a pass of the model."""
-    clock = [100.0]
-    monkeypatch.setattr(guard_module.time, "monotonic", lambda: clock[0])
+def server(make_req):
+    """A guard that shadows all; ``forward`` is a pass of the model."""
     submitted, counts = [], []
     model = nn.Module()
     model.logits_processor = LogitsProcessor()
@@ -45,7 +44,6 @@ def server(make_req, monkeypatch):
             req.refresh_fill_ids()
             req.extend_end = len(req.full_untruncated_fill_ids)
         logits.batch = SimpleNamespace(reqs=reqs, forward_mode=EXTEND)
-        guard.on_busy()
         model.logits_processor(torch.stack(rows))
 
     def spliced(rid, tenant=None, tokens=30, tau=0.5, temperature=0.0):
@@ -57,9 +55,8 @@ def server(make_req, monkeypatch):
         return req
 
     def idle(seconds):
-        guard.on_idle()
-        clock[0] += seconds
-        guard.on_idle()
+        guard.on_idle(0.0)
+        guard.on_idle(seconds)
 
     return SimpleNamespace(**locals())
 
@@ -149,9 +146,9 @@ class Probed:
         assert (short[0], long[0]) == (SHORT, LONG)
         self.fitted.append((short[1], long[1]))
 
-    def idle(self, passes=1):
+    def idle(self, passes=1, quiet=IDLE_SECONDS):
         """An idle moment, and what it submits is done in ``passes``."""
-        if self.probe.on_idle(self.passes):
+        if self.probe.on_idle(self.passes, quiet):
             self.clock += self.seconds(len(self.submitted[-1].origin_input_ids))
             self.passes += passes
 
@@ -167,9 +164,9 @@ def probed(make_req, monkeypatch):
 
 def test_the_cost_of_a_pass_is_fitted_from_passes_that_ran_alone(probed):
     probed.idle(passes=2)  # somebody else's request ran too: this one does not count
-    probed.round()
+    for _ in range(5):
+        probed.idle(quiet=0.9 * IDLE_SECONDS)
     assert len(probed.submitted) == 1  # and is not made again at once
-    probed.clock += IDLE_SECONDS
     probed.round()
     assert [len(r.origin_input_ids) for r in probed.submitted] == [SHORT, SHORT, SHORT, LONG, LONG]
     assert probed.fitted == [pytest.approx((0.116, 0.356))]
@@ -198,18 +195,33 @@ def test_a_round_beside_others_work_is_corrected_by_later_ones(probed):
         probed.seconds = lambda tokens: 2.0  # nor do slow rounds change what a fast one found
     assert probed.fitted == [pytest.approx((0.116, 0.356))] * (ROUNDS - 1)
     probed.clock += PAUSE * 2**ROUNDS
-    assert not probed.probe.on_idle(probed.passes)
+    assert not probed.probe.on_idle(probed.passes, IDLE_SECONDS)
 
 
 def test_no_prefill_of_our_own_runs_in_the_short_gaps_of_others_work(probed):
     for _ in range(20):
         probed.passes += 1
         probed.clock += 0.9 * IDLE_SECONDS
-        assert not probed.probe.on_idle(probed.passes)
-        probed.clock += 0.9 * IDLE_SECONDS
-        assert not probed.probe.on_idle(probed.passes)
-    probed.clock += IDLE_SECONDS
-    assert probed.probe.on_idle(probed.passes)
+        assert not probed.probe.on_idle(probed.passes, 0.9 * IDLE_SECONDS)
+    assert probed.probe.on_idle(probed.passes, IDLE_SECONDS)
+
+
+def test_a_server_is_quiet_as_long_as_it_was_seen_to_be(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(internal.time, "monotonic", lambda: clock[0])
+    quiet = Quiet()
+
+    def rest(seconds, looks):
+        for _ in range(looks):
+            clock[0] += seconds / looks
+            seen = quiet.look()
+        return seen
+
+    assert rest(2.0, 100) == pytest.approx(2.0)
+    quiet.end()
+    assert rest(0.5, 100) == pytest.approx(0.5)
+    assert rest(5.0, 1) == 0.0  # its process was stopped: who knows what waits
+    assert rest(0.5, 100) == pytest.approx(0.5)
 
 
 def tied(by):

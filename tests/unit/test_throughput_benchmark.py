@@ -383,15 +383,16 @@ def part(monkeypatch):
         args = throughput.parse_args(["--quick", "--programs", "debate", "best_of_n", *argv])
         sizes = throughput.sizes_of(args)
         conditions = conditions_of(name, Mechanisms(exit="off"))
-        servers = {one.name: server(one.name) for one in conditions}
-        return throughput.Part(name, args, sizes, "", conditions, servers), asked, servers
+        part = throughput.Part(name, args, sizes, "", conditions)
+        part.servers = {one.name: server(one.name) for one in conditions}
+        return part, asked
 
     return make
 
 
 def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
-    measured, asked, _ = part("speed")
-    rows = list(measured.measure())
+    measured, asked = part("speed")
+    rows = list(measured.measure(0))
     assert len(rows) == measured.runs == 2 * 3
     asked = [call for call in asked if call[2] != throughput.WARM_UP.text]
     assert {call[:2] for call in asked} == {
@@ -412,23 +413,32 @@ def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
     json.dumps(rows)
 
 
+def test_further_starts_add_rounds_of_further_problems(part):
+    measured, _ = part("speed")
+    rows = [row for start in range(3) for row in measured.measure(start)]
+    assert {one["repeat"] for one in rows} == {"0/0", "0/1", "0/2"}
+    debates = [one["problems"] for one in rows if one["program"] == "debate"]
+    assert len(set(map(tuple, debates))) == 3
+    assert len(ratios(rows, "rksc", "sglang_best")) == 2
+
+
 def test_branches_and_documents_grow(part, tmp_path):
     pytest.importorskip("matplotlib")
-    measured, asked, _ = part("growth")
-    rows = list(measured.measure())
+    measured, asked = part("growth")
+    rows = list(measured.measure(0))
     assert len(rows) == measured.runs == 3 * 3
     names = ["self_consistency_1", "self_consistency_2", "document_qa_0"]
     assert list(dict.fromkeys(one["program"] for one in rows)) == names
     asked = [call for call in asked if call[2] != throughput.WARM_UP.text]
     assert [call[-1] for call in asked] == [{"branches": 1}] * 6 + [{"branches": 2}] * 6 + [{}] * 6
     picture = tmp_path / "throughput.png"
-    plot(summarise([*rows, *part("speed")[0].measure()]), picture)
+    plot(summarise([*rows, *part("speed")[0].measure(0)]), picture)
     assert picture.stat().st_size > 10_000
 
 
 def test_accuracy_is_measured_where_the_model_ends_by_itself(part):
-    measured, asked, _ = part("accuracy", "--bare")
-    rows = list(measured.measure())
+    measured, asked = part("accuracy", "--bare")
+    rows = list(measured.measure(0))
     lengths = {call[3] for call in asked if call[2] != throughput.WARM_UP.text}
     assert lengths == {()}
     assert measured.settings == Settings(examples=[])
@@ -438,8 +448,8 @@ def test_accuracy_is_measured_where_the_model_ends_by_itself(part):
 
 
 def test_problems_arrive_at_the_same_times_under_each_condition(part):
-    measured, _, _ = part("open")
-    rows = list(measured.measure())
+    measured, _ = part("open")
+    rows = list(measured.measure(0))
     assert len({tuple(one["arrivals"]) for one in rows}) == 2  # by program
     assert {one["load"] for one in rows} == {"open"}
 
@@ -450,9 +460,9 @@ def test_a_program_that_fails_reports_nothing(part, monkeypatch):
 
     broken = Program("broken", SimpleNamespace(run=fail), SimpleNamespace(run=fail))
     monkeypatch.setattr(throughput, "PROGRAMS", dict.fromkeys(PROGRAMS, broken))
-    measured, _, _ = part("speed")
+    measured, _ = part("speed")
     with pytest.raises(BenchmarkError, match=r"sglang: debate: KeyError\('answer'\)"):
-        list(measured.measure())
+        list(measured.measure(0))
 
 
 # Parts and their files
