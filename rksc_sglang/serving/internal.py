@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 #: Seconds without work before a measurement of our own may run: bursts have shorter gaps.
 IDLE_SECONDS = 1.0
 #: Seconds between two looks at a server beyond which nothing is known of what came in meanwhile:
-#: its process was stopped, or had no processor.
-BLIND_SECONDS = 0.2
+#: its process was stopped. SGLang's idle loop sleeps for up to 1.
+BLIND_SECONDS = 1.5
 
 
 class Quiet:

@@ -297,7 +297,9 @@ def test_aborts_in_mid_splice_leak_nothing(splicing):
     while rank(splicing)["splice"]["waiting_stages"] and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1)
-    assert info(ask(splicing, prompt(1), "similar", "abort"))["share"] == "similar"
+    # Behind a context of its own: what is spliced again and again is computed.
+    last = chat("You keep a lighthouse.", f"{DOCUMENT}\n\nWhat should not be sold?")
+    assert info(ask(splicing, last, "similar", "abort"))["share"] == "similar"
     assert rank(splicing)["counters"]["errors"] == 0
 
 
