@@ -4,6 +4,7 @@ import time
 import warnings
 
 import pytest
+import requests
 import sglang as sgl
 
 import rksc_sglang as rksc
@@ -70,6 +71,34 @@ def test_tracing_and_precaching(backend):
     nodes = [repr(node) for child in trace.child_states for node in child.flatten_nodes()]
     assert sum(node.startswith("Verdict('answer_verdict'") for node in nodes) == 3
     assert any(repr(node).startswith("Verdict('ok'") for node in trace.flatten_nodes())
+
+
+def test_branches_are_sent_together_and_no_prefix_before_them(server):
+    class Endpoint(sgl.RuntimeEndpoint):
+        def commit_lazy_operations(self, s):
+            raise AssertionError("the prefix was sent by itself")
+
+    @sgl.function
+    def program(s):
+        s += "Numbers: one, two, three"
+        outer = rksc.fork(s, 2, confidence=False)
+        outer += sgl.gen("first", max_tokens=2)
+        groups = rksc.fork_all(outer.states, 3, confidence=False)
+        for group in groups:
+            group += sgl.gen("second", max_tokens=2)
+        for group in groups:
+            group.join()
+        assert all(len(state["second"]) == 3 for state in outer)
+        outer.join()
+
+    def groups():
+        status = requests.get(server + "/rksc/status", timeout=60).json()
+        counters = status["ranks"][0]["counters"]
+        return counters["gathered_groups"] + counters["scattered_groups"]
+
+    before = groups()
+    program.run(backend=Endpoint(server)).sync()
+    assert groups() == before + 2
 
 
 def test_verification_costs_its_own_few_tokens(backend):
