@@ -32,8 +32,9 @@ class CostProbe:
         model: whose requests these are.
         longest: a prefill of more tokens does not fit the server.
         submit: puts a request of our own into the waiting queue.
-        done: called after each round with a short and a long prefill, each as (tokens, seconds),
-            the fastest so far; not while the long one was not slower than the short one.
+        done: called after each round that ran alone with a short and a long prefill, each as
+            (tokens, seconds), the fastest so far; not while the long one was not slower than the
+            short one.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class CostProbe:
                 self._end_prefill(len(self._running.origin_input_ids), now - self._started)
             elif self._long in self._seconds:  # else it is needed: made again when all is quiet
                 self._left = []
-                self._end_round()
+                self._pause_rounds()
             self._running = None
         self._passes = forward_passes
         if not ran_alone and quiet < IDLE_SECONDS:
@@ -92,9 +93,12 @@ class CostProbe:
         if not self._left:
             self._end_round()
 
-    def _end_round(self) -> None:
+    def _pause_rounds(self) -> None:
         self._next = time.perf_counter() + self._pause
         self._pause *= 2
+
+    def _end_round(self) -> None:
+        self._pause_rounds()
         short, long = self._seconds[SHORT], self._seconds[self._long]
         if long > short:
             self.done((SHORT, short), (self._long, long))

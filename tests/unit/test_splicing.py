@@ -415,7 +415,7 @@ def test_nobody_waits_for_a_donor_whose_run_would_not_pay(scheduler):
 def test_what_is_spliced_again_and_again_is_computed(scheduler):
     scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG, 5]))
     spliced = []
-    for number in range(6):
+    for number in range(OFTEN + 3):
         req = scheduler.send(f"b{number}", [4, 6, 7, 8, *LONG, 20 + number])
         scheduler.serve(req)
         spliced.append(req.rksc.splice.spliced_tokens)
