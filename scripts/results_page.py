@@ -79,10 +79,12 @@ SECTIONS = (
         "Whole programs, measured in turns",
         "The part `speed` again, on a machine where a pass takes as long as 126 tokens, and with "
         "conditions that take turns of a second instead of one after another: `sglang` and "
-        "`sglang_best` then differ by at most 3 % in rounds of the same work. Here RKSC does not "
-        "pay but where a document is read again: short prompts save a quarter of the computed "
-        "tokens, which are little of the time, and debate, whose agents' texts are spliced, "
-        "decodes more slowly.",
+        "`sglang_best` then differ by at most 3 % in rounds of the same work. But all rounds were "
+        "on the same servers, and equal ones differ by some percent for as long as they run, so "
+        "the interval is too narrow. Here RKSC does not pay but where a document is read again: "
+        "short prompts save a quarter of the computed tokens, which are little of the time. It is "
+        "from before requests that are sent together shared a pass, which halves the prefill "
+        "passes of searches.",
         {
             "speedup_vs_sglang": "at least 1.66",
             "speedup_vs_sglang_best": "low end above 1",
