@@ -178,8 +178,8 @@ def fork(
 ) -> BranchGroup:
     """Fork a program state into ``n`` branches over its shared prefix, which is computed once.
 
-    SGLang computes it when a state is forked, and the branches later. With RKSC's root-first
-    fan-out the server does both in one pass, as it knows how many branches will come.
+    SGLang computes it when a state is forked, and the branches later. A server with RKSC's
+    root-first fan-out is told how many branches will come, and computes it with them.
 
     Args:
         s: state of an ``@sgl.function`` program.
