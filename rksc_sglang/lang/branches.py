@@ -179,7 +179,8 @@ def fork(
     """Fork a program state into ``n`` branches over its shared prefix, which is computed once.
 
     SGLang computes it when a state is forked, and the branches later. A server with RKSC's
-    root-first fan-out is told how many branches will come, and computes it with them.
+    root-first fan-out is told how many branches will come, and computes it with them; a prefix of
+    few tokens (``--rksc-root-first-min-tokens``) with each of them.
 
     Args:
         s: state of an ``@sgl.function`` program.

@@ -44,9 +44,11 @@ def check(state):
     assert sum(meta["probabilities"]) == pytest.approx(1)
     assert meta["labels"][meta["probabilities"].index(max(meta["probabilities"]))] == state["ok"]
     for branch in range(3):
-        info = branches[branch].get_meta_info("answer")["rksc"]
+        meta = branches[branch].get_meta_info("answer")
+        info = meta["rksc"]
         assert info["share"] == "exact"
-        assert info["exact_tokens"] > 0
+        assert info["exact_tokens"] == meta["cached_tokens"]
+        assert info["exact_tokens"] + info["recomputed_tokens"] == meta["prompt_tokens"]
 
 
 def test_a_program_forks_and_verifies(backend):
