@@ -111,9 +111,13 @@ class RootFirstPrefillAdder(PrefillAdder):
             will_publish(leader, req, wanted) for leader in self._leaders()
         )
 
+    def _admitted_leaders(self) -> Iterable[Req]:
+        """Those that this pass computes for the tree, an unfinished chunked request among them."""
+        return (req for req in self.can_run_list if not req.skip_radix_cache_insert)
+
     def _leaders(self) -> Iterable[Req]:
-        # Admitted in this pass (an unfinished chunked request among them) ...
-        yield from (req for req in self.can_run_list if not req.skip_radix_cache_insert)
+        # Admitted in this pass ...
+        yield from self._admitted_leaders()
         # ... or, under the overlap schedule, still in the forward pass of the last one.
         if self.running_batch is not None:
             yield from filter(is_publishing, self.running_batch.reqs)

@@ -62,8 +62,7 @@ class SplicingPrefillAdder(RootFirstPrefillAdder):
     def _waits_for_prefix(self, req: Req) -> bool:
         if not super()._waits_for_prefix(req):
             return False
-        leaders = [other for other in self.can_run_list if not other.skip_radix_cache_insert]
-        least = req.prefix_len + (self.min_tokens or 0)
+        leaders, least = self._admitted_leaders(), req.prefix_len + (self.min_tokens or 0)
         if not self.splicer.follow(req, leaders, least, self.rem_chunk_tokens, self.cur_rem_tokens):
             return True
         self._follower = req

@@ -133,10 +133,10 @@ class Splicer:
         assert self.cache.index is not None
         tokens, limit = self._spliceable(req)
         ready = req.prefix_len + len(state.private)
-        if state.tau > 0 and not len(state.private):
+        runs = self._find(req, state, tokens[:limit], ready)
+        if runs and state.tau > 0 and not len(state.private):
             often = self.cache.reuse.often(namespace_of(req), tokens, ready)
             state.skip_until = max(state.skip_until, often)
-        runs = self._find(req, state, tokens[:limit], ready)
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
             load = self._gate(req, state, step, ready)
