@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,8 @@ from rksc_sglang.server_process import ServerFailedError
 
 #: Of what SGLang at its best can do in a closed loop, the rate at which problems arrive.
 OPEN_SHARE = 0.7
+#: Servers that have started are left alone: RKSC measures what prefills cost while nothing runs.
+SETTLE_SECONDS = 20.0
 #: A program has fewer generations at the same time.
 LENGTHS = 12
 SEARCHES = ("tree_of_thought", "beam_search")
@@ -339,6 +342,7 @@ def measure(
             for start in range(part.starts):
                 with start_together(flags) as processes:
                     part.servers = {one: Server(one, process) for one, process in processes.items()}
+                    time.sleep(SETTLE_SECONDS)
                     for row in part.measure(start):
                         rows.append(row)
                         progress.update(bar, advance=1, description=name)

@@ -23,6 +23,9 @@ SHORT, LONG = 16, 256
 #: same time, as many servers do, single rounds are worthless. Once there is a result, a round that
 #: others' work disturbs is over.
 ROUNDS, PAUSE = 10, 1.0
+#: Seconds without work before a round that only refines a result: who works with short pauses shall
+#: not meet it.
+REFINING_SECONDS = 5.0
 
 
 class CostProbe:
@@ -53,6 +56,7 @@ class CostProbe:
         self._long = min(LONG, longest)
         self._left: list[int] = []
         self._seconds: dict[int, float] = {}
+        self._has_result = False
         self._running: Req | None = None
         self._started = 0.0
         self._passes = 0
@@ -72,12 +76,13 @@ class CostProbe:
         if self._running is not None:
             if ran_alone:
                 self._end_prefill(len(self._running.origin_input_ids), now - self._started)
-            elif self._long in self._seconds:  # else it is needed: made again when all is quiet
+            elif self._has_result:  # else it is needed: made again when all is quiet
                 self._left = []
                 self._pause_rounds()
             self._running = None
         self._passes = forward_passes
-        if not ran_alone and quiet < IDLE_SECONDS:
+        needed = REFINING_SECONDS if self._has_result else IDLE_SECONDS
+        if not ran_alone and quiet < needed:
             return False  # the next of others' work would wait for a prefill that begins now
         if not self._left and self._rounds and now >= self._next:
             self._rounds -= 1
@@ -102,6 +107,7 @@ class CostProbe:
         short, long = self._seconds[SHORT], self._seconds[self._long]
         if long > short:
             self.done((SHORT, short), (self._long, long))
+            self._has_result = True
 
     def _run(self, tokens: int) -> None:
         # Not one token again and again: attention to equal keys could be a special case.

@@ -15,7 +15,7 @@ from rksc_sglang.serving.doubt import Doubt
 from rksc_sglang.serving.first_logits import FirstLogits
 from rksc_sglang.serving.guard import Guard, Limits
 from rksc_sglang.serving.internal import IDLE_SECONDS, ModelFacts, Quiet
-from rksc_sglang.serving.probe import LONG, PAUSE, ROUNDS, SHORT, CostProbe
+from rksc_sglang.serving.probe import LONG, PAUSE, REFINING_SECONDS, ROUNDS, SHORT, CostProbe
 from rksc_sglang.serving.splice_state import SpliceState
 
 VOCABULARY = 50
@@ -146,7 +146,7 @@ class Probed:
         assert (short[0], long[0]) == (SHORT, LONG)
         self.fitted.append((short[1], long[1]))
 
-    def idle(self, passes=1, quiet=IDLE_SECONDS):
+    def idle(self, passes=1, quiet=REFINING_SECONDS):
         """An idle moment, and what it submits is done in ``passes``."""
         if self.probe.on_idle(self.passes, quiet):
             self.clock += self.seconds(len(self.submitted[-1].origin_input_ids))
@@ -195,7 +195,7 @@ def test_a_round_beside_others_work_is_corrected_by_later_ones(probed):
         probed.seconds = lambda tokens: 2.0  # nor do slow rounds change what a fast one found
     assert probed.fitted == [pytest.approx((0.116, 0.356))] * (ROUNDS - 1)
     probed.clock += PAUSE * 2**ROUNDS
-    assert not probed.probe.on_idle(probed.passes, IDLE_SECONDS)
+    assert not probed.probe.on_idle(probed.passes, REFINING_SECONDS)
 
 
 def test_no_prefill_of_our_own_runs_in_the_short_gaps_of_others_work(probed):
@@ -204,6 +204,17 @@ def test_no_prefill_of_our_own_runs_in_the_short_gaps_of_others_work(probed):
         probed.clock += 0.9 * IDLE_SECONDS
         assert not probed.probe.on_idle(probed.passes, 0.9 * IDLE_SECONDS)
     assert probed.probe.on_idle(probed.passes, IDLE_SECONDS)
+
+
+def test_to_refine_a_result_waits_for_longer(probed):
+    for _ in range(4):
+        probed.idle(quiet=IDLE_SECONDS)
+    assert not probed.fitted
+    probed.idle(quiet=IDLE_SECONDS)
+    probed.clock += PAUSE
+    assert probed.fitted
+    assert not probed.probe.on_idle(probed.passes + 1, IDLE_SECONDS)
+    assert probed.probe.on_idle(probed.passes + 1, REFINING_SECONDS)
 
 
 def test_a_server_is_quiet_as_long_as_it_was_seen_to_be(monkeypatch):
