@@ -157,11 +157,7 @@ class Workload(NamedTuple):
 
 
 class Part:
-    """Measures one part.
-
-    Attributes:
-        servers: of its conditions, by their names, on which it measures.
-    """
+    """Measures one part."""
 
     def __init__(
         self,
@@ -174,7 +170,6 @@ class Part:
         self.name = name
         self.args = args
         self.sizes = sizes
-        self.servers: Mapping[str, Server] = {}
         self.model_path = model
         self.model = Path(args.model_path).name if args.model_path else SPEED_MODEL
         self.conditions = conditions
@@ -220,21 +215,21 @@ class Part:
                 tasks = with_lengths(tasks, span, LENGTHS, seed)
             yield Workload(name, PROGRAMS[name], tasks)
 
-    def measure(self, start: int) -> Iterator[Row]:
-        """The rounds of one start, on servers that are up."""
+    def measure(self, start: int, servers: Mapping[str, Server]) -> Iterator[Row]:
+        """The rounds of one start, on the servers of the conditions, by their names."""
         rng = self._rng
         for number, workload in enumerate(self.workloads):
             name, tasks = workload.name, workload.tasks
             if number == 0:  # first calls allocate and compile
-                self._round(self.conditions, workload, [WARM_UP], 1)
+                self._round(servers, self.conditions, workload, [WARM_UP], 1)
             for load in self.sizes.loads[self.name]:
                 for round_ in range(start * load.rounds, (start + 1) * load.rounds):
                     drawn = [next(tasks) for _ in range(load.problems)]
-                    arrivals = self._arrivals(workload, load, rng)
+                    arrivals = self._arrivals(servers, workload, load, rng)
                     place = "open" if arrivals else str(load.concurrency)
                     at_once = load.problems if arrivals else load.concurrency
                     in_turn = rng.sample(self.conditions, len(self.conditions))
-                    found = self._round(in_turn, workload, drawn, at_once, arrivals)
+                    found = self._round(servers, in_turn, workload, drawn, at_once, arrivals)
                     for condition, row in found.items():
                         yield {
                             "workload": f"{self.model}/{self.name}/{name}/{place}",
@@ -249,13 +244,15 @@ class Part:
                             **row,
                         }
 
-    def _arrivals(self, workload: Workload, load: Load, rng: random.Random) -> list[float] | None:
+    def _arrivals(
+        self, servers: Mapping[str, Server], workload: Workload, load: Load, rng: random.Random
+    ) -> list[float] | None:
         """Of an open loop: a Poisson process, the same for each condition."""
         if self.name != "open":
             return None
         best = next(condition for condition in self.conditions if condition.name == BEST)
         drawn = [next(workload.tasks) for _ in range(load.concurrency)]
-        closed = self._round([best], workload, drawn, load.concurrency)[BEST]
+        closed = self._round(servers, [best], workload, drawn, load.concurrency)[BEST]
         arrivals = [0.0]
         while len(arrivals) < load.problems:
             arrivals.append(arrivals[-1] + rng.expovariate(OPEN_SHARE * closed["throughput"]))
@@ -263,6 +260,7 @@ class Part:
 
     def _round(
         self,
+        servers: Mapping[str, Server],
         conditions: Sequence[Condition],
         workload: Workload,
         tasks: Sequence[Task],
@@ -272,7 +270,7 @@ class Part:
         """The measurements of each condition; tokens are means over the problems, passes of all."""
 
         def job(condition: Condition) -> Callable[[Clock], tuple[Worked, int]]:
-            server = self.servers[condition.name]
+            server = servers[condition.name]
 
             def solve(task: Task) -> Any:
                 return condition.solve(
@@ -290,8 +288,8 @@ class Part:
 
             return run
 
-        meters = {one.name: self.servers[one.name].meter for one in conditions}
-        processes = {one.name: self.servers[one.name].process for one in conditions}
+        meters = {one.name: servers[one.name].meter for one in conditions}
+        processes = {one.name: servers[one.name].process for one in conditions}
         for process in processes.values():
             process.check()  # says more than the request that would fail
         before = {name: meter.emptied() for name, meter in meters.items()}
@@ -316,12 +314,13 @@ class Part:
 
 
 def measure(
-    args: argparse.Namespace, sizes: Sizes, on_part: Callable[[list[Row], Row], None]
+    args: argparse.Namespace, sizes: Sizes, on_start: Callable[[list[Row], Row], None]
 ) -> None:
     """Measure the chosen parts, the conditions of each on servers that are up at the same time.
 
     Args:
-        on_part: called after each part with its rows, and with what they were taken with.
+        on_start: called after each start of servers with the rows of its part so far, and with
+            what they were taken with.
     """
     model = Path(args.model_path) if args.model_path else ensure_smollm2()
     common = ["--model-path", str(model), "--max-total-tokens", "24576", "--dtype", "float32"]
@@ -341,22 +340,23 @@ def measure(
             bar = progress.add_task(f"{name}: starting servers", total=part.runs)
             for start in range(part.starts):
                 with start_together(flags) as processes:
-                    part.servers = {one: Server(one, process) for one, process in processes.items()}
+                    servers = {one: Server(one, process) for one, process in processes.items()}
                     time.sleep(SETTLE_SECONDS)
-                    for row in part.measure(start):
+                    for row in part.measure(start, servers):
                         rows.append(row)
                         progress.update(bar, advance=1, description=name)
-                    status = part.servers[RKSC].status()
-            run = {
-                "part": name,
-                "model": part.model,
-                "argv": sys.argv[1:],
-                "machine": harness.machine(),
-                "flags": flags,
-                "mechanisms": {one.name: asdict(one.mechanisms) for one in conditions},
-                "rksc": status,
-            }
-            on_part(rows, run)
+                    status = servers[RKSC].status()
+                run = {
+                    "part": name,
+                    "model": part.model,
+                    "argv": sys.argv[1:],
+                    "starts": start + 1,
+                    "machine": harness.machine(),
+                    "flags": flags,
+                    "mechanisms": {one.name: asdict(one.mechanisms) for one in conditions},
+                    "rksc": status,
+                }
+                on_start(rows, run)
 
 
 def merged(earlier: Sequence[Row], new: Sequence[Row]) -> list[Row]:
@@ -403,20 +403,22 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings("ignore", message=".*runs SGLang without RKSC.*")
-    rows, runs = stored(args.json)
+    rows, earlier = stored(args.json)
+    runs: dict[str, Row] = {}
 
-    def on_part(new: list[Row], run: Row) -> None:
+    def on_start(new: list[Row], run: Row) -> None:
         rows[:] = merged(rows, new)
-        runs.append(run)
+        runs[run["part"]] = run
         packages = (*harness.PACKAGES, "reasoning-gym")
-        result = harness.make_result("benchmarks.throughput", args, rows, packages, runs=runs)
+        config = {"runs": [*earlier, *runs.values()]}
+        result = harness.make_result("benchmarks.throughput", args, rows, packages, **config)
         summary = harness.report(result, args.json)["summary"]
         print_bars(summary)
         if args.json:
             plot(summary, args.json.with_suffix(".png"))
 
     try:
-        measure(args, sizes_of(args), on_part)
+        measure(args, sizes_of(args), on_start)
     except (ServerFailedError, QuestionsError, ExitProfileError) as error:
         raise BenchmarkError(str(error)) from error
 

@@ -339,7 +339,7 @@ def test_the_baselines_use_nothing_of_rksc():
 
 @pytest.fixture
 def part(monkeypatch):
-    """A part of two programs on servers that count, and what was asked of them.
+    """A part of two programs, its rows on servers that count, and what was asked of them.
 
     Programs with RKSC know all answers, those without none.
     """
@@ -384,15 +384,15 @@ def part(monkeypatch):
         sizes = throughput.sizes_of(args)
         conditions = conditions_of(name, Mechanisms(exit="off"))
         part = throughput.Part(name, args, sizes, "", conditions)
-        part.servers = {one.name: server(one.name) for one in conditions}
-        return part, asked
+        servers = {one.name: server(one.name) for one in conditions}
+        return part, lambda start=0: list(part.measure(start, servers)), asked
 
     return make
 
 
 def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
-    measured, asked = part("speed")
-    rows = list(measured.measure(0))
+    measured, measure, asked = part("speed")
+    rows = measure()
     assert len(rows) == measured.runs == 2 * 3
     asked = [call for call in asked if call[2] != throughput.WARM_UP.text]
     assert {call[:2] for call in asked} == {
@@ -400,7 +400,8 @@ def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
         ("solve_plain", "sglang_best"),
         ("solve", "rksc"),
     }
-    by_server = {server: {c[2:4] for c in asked if c[1] == server} for server in measured.servers}
+    servers = throughput.PARTS["speed"]
+    by_server = {server: {call[2:4] for call in asked if call[1] == server} for server in servers}
     assert by_server["rksc"] == by_server["sglang_best"] == by_server["sglang"]
     assert all(len(lengths) == 12 for _, lengths in by_server["rksc"])
     assert all(call[4] == Mechanisms(exit="off") for call in asked if call[1] == "rksc")
@@ -414,8 +415,8 @@ def test_each_condition_has_its_form_its_server_and_the_same_problems(part):
 
 
 def test_further_starts_add_rounds_of_further_problems(part):
-    measured, _ = part("speed")
-    rows = [row for start in range(3) for row in measured.measure(start)]
+    _, measure, _ = part("speed")
+    rows = [row for start in range(3) for row in measure(start)]
     assert {one["repeat"] for one in rows} == {"0/0", "0/1", "0/2"}
     debates = [one["problems"] for one in rows if one["program"] == "debate"]
     assert len(set(map(tuple, debates))) == 3
@@ -424,21 +425,21 @@ def test_further_starts_add_rounds_of_further_problems(part):
 
 def test_branches_and_documents_grow(part, tmp_path):
     pytest.importorskip("matplotlib")
-    measured, asked = part("growth")
-    rows = list(measured.measure(0))
+    measured, measure, asked = part("growth")
+    rows = measure()
     assert len(rows) == measured.runs == 3 * 3
     names = ["self_consistency_1", "self_consistency_2", "document_qa_0"]
     assert list(dict.fromkeys(one["program"] for one in rows)) == names
     asked = [call for call in asked if call[2] != throughput.WARM_UP.text]
     assert [call[-1] for call in asked] == [{"branches": 1}] * 6 + [{"branches": 2}] * 6 + [{}] * 6
     picture = tmp_path / "throughput.png"
-    plot(summarise([*rows, *part("speed")[0].measure(0)]), picture)
+    plot(summarise([*rows, *part("speed")[1]()]), picture)
     assert picture.stat().st_size > 10_000
 
 
 def test_accuracy_is_measured_where_the_model_ends_by_itself(part):
-    measured, asked = part("accuracy", "--bare")
-    rows = list(measured.measure(0))
+    measured, measure, asked = part("accuracy", "--bare")
+    rows = measure()
     lengths = {call[3] for call in asked if call[2] != throughput.WARM_UP.text}
     assert lengths == {()}
     assert measured.settings == Settings(examples=[])
@@ -448,8 +449,8 @@ def test_accuracy_is_measured_where_the_model_ends_by_itself(part):
 
 
 def test_problems_arrive_at_the_same_times_under_each_condition(part):
-    measured, _ = part("open")
-    rows = list(measured.measure(0))
+    _, measure, _ = part("open")
+    rows = measure()
     assert len({tuple(one["arrivals"]) for one in rows}) == 2  # by program
     assert {one["load"] for one in rows} == {"open"}
 
@@ -460,9 +461,9 @@ def test_a_program_that_fails_reports_nothing(part, monkeypatch):
 
     broken = Program("broken", SimpleNamespace(run=fail), SimpleNamespace(run=fail))
     monkeypatch.setattr(throughput, "PROGRAMS", dict.fromkeys(PROGRAMS, broken))
-    measured, _ = part("speed")
+    _, measure, _ = part("speed")
     with pytest.raises(BenchmarkError, match=r"sglang: debate: KeyError\('answer'\)"):
-        list(measured.measure(0))
+        measure()
 
 
 # Parts and their files
