@@ -62,11 +62,11 @@ SECTIONS = (
         "`sglang_best`, was measured in turns of a second, on servers that were started three "
         "times; `no_kv`, `paper` and `growth` are from before requests that are sent together "
         "shared a pass, and ran one condition after another on the same servers: a ratio close to "
-        "1 in them says little. By what a pass and a token cost there, prefill is 10 to 40 % of the "
-        "time under `sglang_best`, 10 to 52 % under `sglang`, and decoding, which all have in "
+        "1 in them says little. By what a pass and a token cost there, prefill is 10 to 40 % of "
+        "the time under `sglang_best`, 10 to 52 % under `sglang`, and decoding, which all have in "
         "common, is the rest: were all prefill free, the first ratio would be 1.34, the second "
-        "1.40. `growth` is against `sglang_best`, by samples of a vote and by words of a document; of "
-        "1,400 words little was spliced, as the gate refused parts of them.",
+        "1.40. `growth` is against `sglang_best`, by samples of a vote and by words of a document; "
+        "of 1,400 words little was spliced, as the gate refused parts of them.",
         {
             "speedup_vs_no_kv": "at least 3",
             "speedup_vs_sglang": "at least 1.66",
