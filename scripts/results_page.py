@@ -75,6 +75,7 @@ SECTIONS = (
             "models/smollm2/programs/sglang_best": "",
             "models/smollm2/programs/sglang": "",
             "models/smollm2/programs/no_kv": "",
+            "models/smollm2/without": "",
             "paper_setting_vs_no_kv": "at least 3",
             "models/smollm2/paper": "",
             "models/smollm2/growth": "",
