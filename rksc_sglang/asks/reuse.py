@@ -1,8 +1,9 @@
-"""Which prefixes have been spliced so often that computing them exactly pays.
+"""Which prefixes are asked for so often that computing them exactly pays.
 
 What is spliced is a request's own: the next one behind the same context must be spliced again, and
 each attends to a copy of its own while it decodes. What is computed exactly is in the tree for all
-of them. How often a prefix will come back is not known beforehand, so the first are spliced.
+of them. How often a prefix will come back is not known beforehand, so the first are spliced; those
+that have arrived at the same time, and wait, are known.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 #: Prefixes are told apart at every so many tokens.
 BLOCK = 16
-#: What has been spliced so often is computed the next time. A token that is spliced costs about a
-#: fifth of one that is computed, most of it while the request decodes over a copy of its own.
-OFTEN = 8
+#: What so many have asked for is computed. A token that is spliced costs about a fifth of one that
+#: is computed, most of it while the request decodes over a copy of its own.
+OFTEN = 5
 #: Blocks that are remembered.
 REMEMBERED = 1 << 16
 
@@ -24,19 +25,18 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Reuse:
-    """Counts, of one server, how often each prefix ended in something spliced."""
+    """Counts, of one server, how many requests have begun with each prefix."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[tuple[Hashable, int], int] = OrderedDict()
 
-    def note(self, namespace: Hashable, tokens: np.ndarray, start: int, stop: int) -> None:
-        """A request takes over its tokens from ``start`` to ``stop``.
+    def note(self, namespace: Hashable, tokens: np.ndarray) -> None:
+        """A request has arrived.
 
         Args:
-            tokens: [n] int64, the request's from its first one on.
+            tokens: [n] int64, its prompt.
         """
-        hashes = _prefix_hashes(tokens[:stop])
-        for hash_ in hashes[start // BLOCK :]:
+        for hash_ in _prefix_hashes(tokens):
             key = (namespace, hash_)
             self._counts[key] = self._counts.get(key, 0) + 1
             self._counts.move_to_end(key)
@@ -44,7 +44,7 @@ class Reuse:
             self._counts.popitem(last=False)
 
     def often(self, namespace: Hashable, tokens: np.ndarray, start: int) -> int:
-        """Where the part of a prompt ends, from ``start`` on, that has been spliced often."""
+        """Where the part of a prompt ends, from ``start`` on, that is asked for often."""
         stop = start
         if not self._counts:
             return stop

@@ -320,7 +320,9 @@ class RkscScheduler(stock.Scheduler):
         asked = contract.tau if contract is not None else None
         tau = self.rksc_splicer.thresholds.tau
         state = SpliceState(req.rid, tau if asked is None else asked)
-        if self.rksc_again is not None:
+        if self.rksc_again is None:
+            self.rksc_splicer.arrived(req)
+        else:
             state.joins = False
             if self.rksc_again == DOUBTED:
                 state.give_up(DOUBTED)

@@ -80,6 +80,11 @@ class Splicer:
         self.joined: JoinedPass | None = None  # where the attention backend allows it
         self.refused, self.judged = PRIOR
 
+    def arrived(self, req: Req) -> None:
+        """Called once for a request that may be spliced."""
+        tokens = np.asarray(req.origin_input_ids, dtype=np.int64)
+        self.cache.reuse.note(namespace_of(req), tokens)
+
     def prepare(self, req: Req, leaders: Iterable[Req]) -> Req | AddReqResult | None:
         """Called when the adder looks at a request that SGLang has just matched.
 
@@ -164,6 +169,10 @@ class Splicer:
     def _extra_passes(self, state: SpliceState) -> float:
         """Passes that the next stage is expected to add; where it shares one, a refusal's."""
         return JOINING + self.refused / self.judged if self._joins(state) else 1.0
+
+    def _later(self, state: SpliceState) -> float:
+        """The same, for who waits: is computed in a later pass than those that came with it."""
+        return 1.0 + self._extra_passes(state)
 
     def _next_stage(
         self, state: SpliceState, runs: list[Run], ready: int, limit: int, passes: float = 1.0
@@ -358,7 +367,7 @@ class Splicer:
         tokens, limit = self._spliceable(req)
         if not state.stopped and stop < limit:
             runs = self._find(req, state, tokens[:limit], stop)
-            if self._next_stage(state, runs, stop, limit) is not None:
+            if self._next_stage(state, runs, stop, limit, self._later(state)) is not None:
                 return False
         load = Load(state, leader=leader, ahead=slice(req.prefix_len, stop))
         length = len(tokens) - req.prefix_len
@@ -406,11 +415,7 @@ class Splicer:
         if not admitted:
             self.cache.loads.pop(candidate.rid, None)
             return
-        if load is not None and load.run is not None:
-            tokens = np.frombuffer(candidate.full_untruncated_fill_ids, dtype=np.int64)
-            start, stop = (load.run.start + at for at in (load.first, load.stop))
-            self.cache.reuse.note(namespace_of(req), tokens, start, stop)
-        elif load is not None and load.leader is not None:
+        if load is not None and load.run is None and load.leader is not None:
             self.count("joined_prefixes")
         if state is not None and candidate is req:
             self.cache.active.pop(req.rid, None)
@@ -460,9 +465,7 @@ class Splicer:
 
     def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
         """Whether a request that is being computed will be a donor that is worth waiting for."""
-        # Who waits is computed in a later pass than those that came with it.
-        passes = 1.0 + self._extra_passes(state)
-        least = self._least(req, self._risk(req, state), req.prefix_len, passes)
+        least = self._least(req, self._risk(req, state), req.prefix_len, self._later(state))
         length = self.planner.head + max(self.planner.min_tokens, least)
         return any(
             namespace_of(leader) == namespace_of(req)

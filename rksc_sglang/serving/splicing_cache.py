@@ -117,7 +117,7 @@ class SplicingRadixCache(RkscRadixCache):
         loads: request id -> what its next admission shall load.
         active: request id -> its splice, while it waits for a stage or owns private slots.
         joints: of the pass that is being put together.
-        reuse: what has been spliced often, since the tree was empty.
+        reuse: how often prefixes were asked for, since the tree was empty.
     """
 
     def __init__(self, params: Any) -> None:
