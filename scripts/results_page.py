@@ -81,6 +81,7 @@ SECTIONS = (
             "paper_setting_vs_no_kv": "at least 3",
             "models/smollm2/paper": "",
             "models/smollm2/growth": "",
+            "models/smollm2/open_loop": "",
         },
     ),
     Section(

@@ -27,7 +27,7 @@ class SpliceState:
         staged_tokens: computed by stages.
         spliced_tokens, similarity: what was taken over, at which least similarity.
         skip_until: what is in front of this position is computed: the gate has refused it, or it
-            has been spliced often.
+            is asked for often.
         refusals: how often, of the run that is looked at.
         reason: why nothing (more) is spliced.
         joins: a stage may share its pass with what follows it.

@@ -23,6 +23,7 @@ from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
 from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.joined import JoinedPass
+from rksc_sglang.serving.joining import JoiningSplicer
 from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import Copy, SplicingRadixCache
 
@@ -93,12 +94,16 @@ def build_splicer(
     except ProfileError as error:
         raise Unsupported(str(error)) from error
     model = ModelFacts(scheduler.model_config.vocab_size, scheduler.tokenizer)
-    splicer = Splicer(cache, signatures, planner, limits, model, count)
-    splicer.measure_copy = partial(_measure_copy, cache, copy)
+    parts = (cache, signatures, planner, limits, model, count)
     backend = runner.attn_backend
+    splicer: Splicer
     # Elsewhere nothing tells between the writing of a layer's KV and its attention.
     if isinstance(backend, RkscCpuAttnBackend):
+        splicer = JoiningSplicer(*parts)
         splicer.joined = JoinedPass(cache, backend, pool, shift, splicer.judge)
+    else:
+        splicer = Splicer(*parts)
+    splicer.measure_copy = partial(_measure_copy, cache, copy)
     return splicer
 
 

@@ -21,6 +21,7 @@ from rksc_sglang.asks.root_first import make_adder_class
 from rksc_sglang.serving.admission import SplicingPrefillAdder
 from rksc_sglang.serving.internal import ModelFacts, is_internal
 from rksc_sglang.serving.joined import JoinedPass
+from rksc_sglang.serving.joining import JoiningSplicer
 from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import SplicingRadixCache
@@ -67,7 +68,7 @@ class Scheduler:
             similarity=lambda own, others: [self.similarity.get(o[-1], 1.0) for o in others]
         )
         planner = Planner(head, tail, min_tokens, page_size)
-        self.splicer = Splicer(
+        self.splicer = (JoiningSplicer if joins else Splicer)(
             self.cache,
             signatures,
             planner,
@@ -87,7 +88,8 @@ class Scheduler:
         self.backend = SimpleNamespace(on_kv_written=None)
         pool = SimpleNamespace(k_buffer=[SymbolicKv(self.kv)], v_buffer=[SymbolicKv({})])
         shift = SimpleNamespace(of=self.shift)
-        self.joined = JoinedPass(self.cache, self.backend, pool, shift, self.splicer.judge)
+        judge = self.splicer.judge if joins else None
+        self.joined = JoinedPass(self.cache, self.backend, pool, shift, judge)
         self.splicer.joined = self.joined if joins else None
         self.waiting, self.running, self.computed = [], [], {}
         self.copied = []
