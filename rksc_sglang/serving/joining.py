@@ -102,7 +102,7 @@ class JoiningSplicer(Splicer):
 
         Returns:
             Whether the request may be admitted, with such a load. Not where more can be taken over
-            behind the prefix once it is cached.
+            behind the prefix once that, or a donor, is cached.
         """
         state: SpliceState | None = req.rksc.splice
         if (
@@ -113,6 +113,7 @@ class JoiningSplicer(Splicer):
             or req.retracted_stain
         ):
             return False
+        leaders = list(leaders)
         led = [(self._led(req, leader), leader) for leader in leaders]
         stop, leader = max(led, key=lambda pair: pair[0], default=(0, None))
         if leader is None or stop < least:
@@ -121,6 +122,8 @@ class JoiningSplicer(Splicer):
         if not state.stopped and stop < limit:
             runs = self._find(req, state, tokens[:limit], stop)
             if self._next_stage(state, runs, stop, limit, self._later(state)) is not None:
+                return False
+            if self._better_is_coming(req, state, leaders, runs, stop, limit):
                 return False
         load = Load(state, leader=leader, ahead=slice(req.prefix_len, stop))
         length = len(tokens) - req.prefix_len

@@ -139,6 +139,13 @@ class Splicer:
         if runs and state.tau > 0 and not len(state.private):
             often = self.cache.reuse.often(namespace_of(req), tokens, ready)
             state.skip_until = max(state.skip_until, often)
+        start = max(ready, state.skip_until)
+        if (
+            not len(state.private)
+            and not state.refusals
+            and self._better_is_coming(req, state, leaders, runs, start, limit)
+        ):
+            return AddReqResult.CONTINUE
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
             load = self._gate(req, state, step, ready)
@@ -154,8 +161,6 @@ class Splicer:
         stage = self._next_stage(state, runs, max(ready, state.skip_until), limit, extra)
         if stage is not None:
             return self._stage(req, state, stage)
-        if not runs and not len(state.private) and self._donor_is_coming(req, state, leaders):
-            return AddReqResult.CONTINUE
         self._admit(req, state, None)
         return None
 
@@ -352,13 +357,26 @@ class Splicer:
                 self.cache.free_private(state)
                 state.give_up("memory pressure")
 
-    def _donor_is_coming(self, req: Req, state: SpliceState, leaders: Iterable[Req]) -> bool:
-        """Whether a request that is being computed will be a donor that is worth waiting for."""
+    def _better_is_coming(
+        self,
+        req: Req,
+        state: SpliceState,
+        leaders: Iterable[Req],
+        runs: list[Run],
+        start: int,
+        limit: int,
+    ) -> bool:
+        """Whether a request that is being computed will be a donor that is worth waiting for.
+
+        Args:
+            runs: what there is already, of use from ``start`` to ``limit``.
+        """
         least = self._least(req, self._risk(req, state), req.prefix_len, self._later(state))
-        length = self.planner.head + max(self.planner.min_tokens, least)
+        there = sum(stretch.gain for stretch in self.planner.stretches(runs, start, limit))
+        length = self.planner.head + there + max(self.planner.min_tokens, least)
         return any(
             namespace_of(leader) == namespace_of(req)
-            and self._windows_of(req).shares(self._windows_of(leader), length, req.prefix_len)
+            and self._windows_of(req).shares(self._windows_of(leader), length, start)
             for leader in leaders
         )
 

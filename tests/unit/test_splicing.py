@@ -410,6 +410,18 @@ def test_eight_at_once_wait_for_one_donor(scheduler):
     scheduler.check()
 
 
+@pytest.mark.parametrize("pass_seconds, waits", [(0.0, True), (0.1, False)])
+def test_a_better_donor_is_waited_for_where_that_pays(joining, pass_seconds, waits):
+    joining.splicer.cost = CostModel(pass_seconds, token_seconds=1e-3, copy_seconds=0.0)
+    joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
+    first = joining.send("b", [1, 2, 3, *DOC, *LONG, 6])
+    second = joining.send("c", [4, 6, 7, 8, *DOC, *LONG, 9])
+    assert joining.serve(first, second) == 1 + waits
+    assert (second.rksc.splice.spliced_tokens > len(DOC)) == waits
+    assert second.rksc.splice.spliced_tokens > 25
+    joining.check()
+
+
 def test_nobody_waits_for_a_donor_whose_run_would_not_pay(scheduler):
     scheduler.splicer.cost = CostModel(pass_seconds=1.0, token_seconds=1e-3, copy_seconds=0.0)
     reqs = [scheduler.send(str(i), [i, i + 1, i, i + 2, *DOC, 60 + i]) for i in range(4)]
