@@ -410,7 +410,7 @@ def test_eight_at_once_wait_for_one_donor(scheduler):
     scheduler.check()
 
 
-@pytest.mark.parametrize("pass_seconds, waits", [(0.0, True), (0.1, False)])
+@pytest.mark.parametrize(("pass_seconds", "waits"), [(0.0, True), (0.1, False)])
 def test_a_better_donor_is_waited_for_where_that_pays(joining, pass_seconds, waits):
     joining.splicer.cost = CostModel(pass_seconds, token_seconds=1e-3, copy_seconds=0.0)
     joining.serve(joining.send("a", [1, 2, 3, *DOC, 5]))
