@@ -46,8 +46,6 @@ class Reuse:
     def often(self, namespace: Hashable, tokens: np.ndarray, start: int) -> int:
         """Where the part of a prompt ends, from ``start`` on, that is asked for often."""
         stop = start
-        if not self._counts:
-            return stop
         for block, hash_ in enumerate(_prefix_hashes(tokens)[start // BLOCK :], start // BLOCK):
             if self._counts.get((namespace, hash_), 0) >= OFTEN:
                 stop = (block + 1) * BLOCK

@@ -13,7 +13,7 @@ import numpy as np
 from rksc_sglang.asks.plan import Take
 from rksc_sglang.asks.root_first import usable_tokens
 from rksc_sglang.serving.internal import is_internal
-from rksc_sglang.serving.splicing import Splicer, accepts
+from rksc_sglang.serving.splicing import Splicer
 from rksc_sglang.serving.splicing_cache import Load, namespace_of
 
 if TYPE_CHECKING:
@@ -121,9 +121,8 @@ class JoiningSplicer(Splicer):
         tokens, limit = self._spliceable(req)
         if not state.stopped and stop < limit:
             runs = self._find(req, state, tokens[:limit], stop)
-            if self._next_stage(state, runs, stop, limit, self._later(state)) is not None:
-                return False
-            if self._better_is_coming(req, state, leaders, runs, stop, limit):
+            stage = self._next_stage(state, runs, stop, limit, self._later(state))
+            if stage is not None or self._better_is_coming(req, state, leaders, runs, stop, limit):
                 return False
         load = Load(state, leader=leader, ahead=slice(req.prefix_len, stop))
         length = len(tokens) - req.prefix_len
@@ -152,7 +151,7 @@ class JoiningSplicer(Splicer):
         load, head = joint.load, joint.run.head.tolist()
         similarity = self.signatures.similarity(head, [joint.run.donor_head.tolist()])[0]
         self.judged += 1
-        if accepts(load.state, similarity):
+        if load.state.accepts(similarity):
             load.state.took(load._replace(similarity=similarity))
             self.count("joined_splices")
             if not is_internal(joint.follower):

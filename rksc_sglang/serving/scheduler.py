@@ -297,6 +297,8 @@ class RkscScheduler(stock.Scheduler):
             recv_req if splice is not None else None,
         )
         if self.rksc_again is None:  # else it has been counted before
+            if self.rksc_splicer is not None and splice is not None:
+                self.rksc_splicer.arrived(req)
             if contract is not None and contract.together is not None:
                 self.rksc_gathering.arrived(namespace_of(req), contract.together)
             self.rksc_counters.add("requests", contract is not None)
@@ -320,9 +322,7 @@ class RkscScheduler(stock.Scheduler):
         asked = contract.tau if contract is not None else None
         tau = self.rksc_splicer.thresholds.tau
         state = SpliceState(req.rid, tau if asked is None else asked)
-        if self.rksc_again is None:
-            self.rksc_splicer.arrived(req)
-        else:
+        if self.rksc_again is not None:
             state.joins = False
             if self.rksc_again == DOUBTED:
                 state.give_up(DOUBTED)

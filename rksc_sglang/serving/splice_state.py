@@ -57,6 +57,9 @@ class SpliceState:
     stages: int = 0
     nothing_at: tuple[int, int] | None = None  # index version and position of a vain search
 
+    def accepts(self, similarity: float | None) -> bool:
+        return self.tau <= 0 or (similarity is not None and similarity >= self.tau)
+
     def took(self, load: Load) -> None:
         """A load is in place."""
         self.spliced_tokens += load.stop - load.first

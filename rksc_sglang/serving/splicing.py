@@ -240,7 +240,7 @@ class Splicer:
         loads = [
             Load(state, run, end, stop - run.start, length, head, similarity)
             for (run, stop), end, similarity in zip(step.options, ends, similarities)
-            if accepts(state, similarity)
+            if state.accepts(similarity)
         ]
         return max(loads, key=lambda load: load.similarity or 0.0, default=None)
 
@@ -386,7 +386,3 @@ class Splicer:
             windows = Windows(np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64))
             self._windows[req] = windows
         return windows
-
-
-def accepts(state: SpliceState, similarity: float | None) -> bool:
-    return state.tau <= 0 or (similarity is not None and similarity >= state.tau)
