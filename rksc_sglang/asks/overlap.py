@@ -26,12 +26,15 @@ class Windows:
         self._everywhere = frozenset(hashes)
         self._apart = hashes[::WINDOW]
 
-    def shares(self, other: Windows, length: float, start: int) -> bool:
-        """Whether the other prompt holds about ``length`` tokens of this one.
+    def common(self, other: Windows, start: int) -> int:
+        """About how many tokens of this prompt the other one holds.
 
         Args:
-            start: tokens of both in front of this position do not count.
+            start: tokens of this one in front of this position do not count.
         """
         behind = self._apart[-(-start // WINDOW) :]
-        common = sum(value in other._everywhere for value in behind)
-        return common * WINDOW > max(length - WINDOW, 0)
+        return WINDOW * sum(value in other._everywhere for value in behind)
+
+    def shares(self, other: Windows, length: float, start: int) -> bool:
+        """Whether the other prompt holds about ``length`` tokens of this one behind ``start``."""
+        return self.common(other, start) > max(length - WINDOW, 0)

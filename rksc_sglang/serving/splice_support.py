@@ -20,6 +20,7 @@ from rksc_sglang.asks.signature import Signatures, UnsupportedModel
 from rksc_sglang.attention_cpu import RkscCpuAttnBackend
 from rksc_sglang.config import RkscConfig
 from rksc_sglang.kernels.rotate_copy import rotate_copy, rotation_for
+from rksc_sglang.serving.donors import Donors
 from rksc_sglang.serving.features import Unsupported, refuse_beside
 from rksc_sglang.serving.internal import ModelFacts
 from rksc_sglang.serving.joined import JoinedPass
@@ -94,7 +95,8 @@ def build_splicer(
     except ProfileError as error:
         raise Unsupported(str(error)) from error
     model = ModelFacts(scheduler.model_config.vocab_size, scheduler.tokenizer)
-    parts = (cache, signatures, planner, limits, model, count)
+    donors = Donors(lambda: scheduler.waiting_queue)
+    parts = (cache, signatures, planner, limits, model, donors, count)
     backend = runner.attn_backend
     splicer: Splicer
     # Elsewhere nothing tells between the writing of a layer's KV and its attention.

@@ -13,15 +13,14 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from rksc_sglang.asks.content_index import Run
-from rksc_sglang.asks.overlap import Windows
 from rksc_sglang.asks.plan import Planner, Take
+from rksc_sglang.serving.donors import Donors
 from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
 from rksc_sglang.serving.splice_state import SpliceState
 from rksc_sglang.serving.splicing_cache import Load, SplicingRadixCache, namespace_of
@@ -48,6 +47,7 @@ class Splicer:
         planner: the shipped settings.
         thresholds: where a request does not say.
         model: whose requests these are.
+        donors: that are not cached yet.
         count: called with a counter's name.
 
     Attributes:
@@ -63,6 +63,7 @@ class Splicer:
         planner: Planner,
         thresholds: Thresholds,
         model: ModelFacts,
+        donors: Donors,
         count: Callable[[str], None],
     ) -> None:
         self.cache = cache
@@ -70,8 +71,8 @@ class Splicer:
         self.planner = planner
         self.thresholds = thresholds
         self.model = model
+        self.donors = donors
         self.count = count
-        self._windows: WeakKeyDictionary[Req, Windows] = WeakKeyDictionary()
         self.measure_copy: Callable[[], float] = lambda: 0.0  # seconds to take over one token's KV
         self.guard: Guard | None = None
         self.cost: CostModel | None = None  # not measured yet: nothing is refused for its cost
@@ -140,12 +141,11 @@ class Splicer:
             often = self.cache.reuse.often(namespace_of(req), tokens, ready)
             state.skip_until = max(state.skip_until, often)
         start = max(ready, state.skip_until)
-        if (
-            not len(state.private)
-            and not state.refusals
-            and self._better_is_coming(req, state, leaders, runs, start, limit)
-        ):
-            return AddReqResult.CONTINUE
+        if not len(state.private) and not state.refusals:
+            if self._better_is_coming(req, state, leaders, runs, start, limit):
+                return AddReqResult.CONTINUE
+            if runs and state.tau > 0 and self._is_wanted(req, runs, start, limit):
+                runs = []
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
             load = self._gate(req, state, step, ready)
@@ -374,15 +374,20 @@ class Splicer:
         least = self._least(req, self._risk(req, state), req.prefix_len, self._later(state))
         there = sum(stretch.gain for stretch in self.planner.stretches(runs, start, limit))
         length = self.planner.head + there + max(self.planner.min_tokens, least)
-        return any(
-            namespace_of(leader) == namespace_of(req)
-            and self._windows_of(req).shares(self._windows_of(leader), length, start)
-            for leader in leaders
-        )
+        return self.donors.is_coming(req, leaders, length, start)
 
-    def _windows_of(self, req: Req) -> Windows:
-        windows = self._windows.get(req)
-        if windows is None:
-            windows = Windows(np.frombuffer(req.full_untruncated_fill_ids, dtype=np.int64))
-            self._windows[req] = windows
-        return windows
+    def _is_wanted(self, req: Req, runs: list[Run], start: int, limit: int) -> bool:
+        """Whether those that wait gain more than a request loses that takes nothing over.
+
+        They can take over only what is computed behind an exact context.
+        """
+        stretches = list(self.planner.stretches(runs, start, limit))
+        if not stretches:
+            return False
+        taken = sum(stretch.gain for stretch in stretches)
+        tokens = -taken
+        for common in self.donors.common(req, stretches[0].stop):
+            tokens += max(common - self.planner.head - taken, 0)
+            if tokens > 0 and (self.cost is None or self.cost.saved(tokens, 1.0) > 0):
+                return True
+        return False

@@ -19,6 +19,7 @@ from rksc_sglang.asks.profile import Thresholds
 from rksc_sglang.asks.reuse import OFTEN
 from rksc_sglang.asks.root_first import make_adder_class
 from rksc_sglang.serving.admission import SplicingPrefillAdder
+from rksc_sglang.serving.donors import Donors
 from rksc_sglang.serving.internal import ModelFacts, is_internal
 from rksc_sglang.serving.joined import JoinedPass
 from rksc_sglang.serving.joining import JoiningSplicer
@@ -74,6 +75,7 @@ class Scheduler:
             planner,
             Thresholds(0.5, 0.0, "test", "test"),
             ModelFacts(100, None),
+            Donors(lambda: self.waiting),
             self.counts.append,
         )
         self.adder_class = make_adder_class(
@@ -420,6 +422,29 @@ def test_a_better_donor_is_waited_for_where_that_pays(joining, pass_seconds, wai
     assert (second.rksc.splice.spliced_tokens > len(DOC)) == waits
     assert second.rksc.splice.spliced_tokens > 25
     joining.check()
+
+
+@pytest.mark.parametrize(("others", "exact"), [(1, False), (3, True)])
+def test_who_will_be_a_donor_for_many_takes_nothing_over(scheduler, others, exact):
+    """Half of a text is there; what is computed behind it could not be taken over by the others."""
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG[:32], 5]))
+    readers = [[10 + i, 20 + i, 30 + i, 40 + i, *LONG, 50 + i] for i in range(1 + others)]
+    reqs = [scheduler.send(f"b{i}", tokens) for i, tokens in enumerate(readers)]
+    scheduler.serve(*reqs)
+    assert (reqs[0].rksc.splice.spliced_tokens == 0) == exact
+    for req in reqs[1:]:
+        assert (req.rksc.splice.spliced_tokens > 40) == exact
+    scheduler.check()
+
+
+def test_who_waits_behind_another_tenant_wants_nothing_of_it(scheduler):
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG[:40], 5]))
+    first = scheduler.send("b", [10, 11, 12, 13, *LONG, 20])
+    others = [scheduler.send(f"c{i}", [*LONG, 20 + i], tenant="other") for i in range(3)]
+    unspliceable = scheduler.send("d", [*LONG, 30], tau=None)
+    scheduler.serve(first, *others, unspliceable)
+    assert first.rksc.splice.spliced_tokens > 20
+    scheduler.check()
 
 
 def test_nobody_waits_for_a_donor_whose_run_would_not_pay(scheduler):
