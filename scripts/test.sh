@@ -10,8 +10,9 @@ if [ $# -gt 0 ]; then
     .venv/bin/mypy
     exec .venv/bin/python -m pytest "$@"
 fi
-# Servers that start leave a core idle for most of the time.
+# Servers that start leave a core idle for most of the time: the rest runs beside them.
 beside=$(mktemp)
+trap 'kill 0' INT # what runs in the background hears no Ctrl-C
 { .venv/bin/mypy && OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/unit; } >"$beside" 2>&1 &
 units=$!
 failed=0

@@ -52,8 +52,8 @@ class Donors:
         any(other is req for other in waiting)  # who stands in front has been looked at
         for other in islice(waiting, COMPARED):
             splice = getattr(other.rksc, "splice", None)
-            if splice is None or splice.stopped or other.output_ids:
-                continue
+            if splice is None or splice.stopped or splice.stages or other.output_ids:
+                continue  # computes all, or has begun to take over something else
             if namespace_of(other) == namespace_of(req):
                 yield self._of(req).common(self._of(other), start)
 
