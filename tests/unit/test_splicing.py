@@ -438,7 +438,7 @@ def test_who_will_be_a_donor_for_many_takes_nothing_over(scheduler, others, exac
 
 
 def test_who_waits_behind_another_tenant_wants_nothing_of_it(scheduler):
-    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG[:40], 5]))
+    scheduler.serve(scheduler.send("a", [1, 2, 3, *LONG[:32], 5]))
     first = scheduler.send("b", [10, 11, 12, 13, *LONG, 20])
     others = [scheduler.send(f"c{i}", [*LONG, 20 + i], tenant="other") for i in range(3)]
     unspliceable = scheduler.send("d", [*LONG, 30], tau=None)
