@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 #: Waiting requests that are compared with one.
-COMPARED = 32
+MOST_COMPARED = 32
 
 
 class Donors:
@@ -50,7 +50,7 @@ class Donors:
         """
         waiting = iter(self.waiting())
         any(other is req for other in waiting)  # who stands in front has been looked at
-        for other in islice(waiting, COMPARED):
+        for other in islice(waiting, MOST_COMPARED):
             splice = getattr(other.rksc, "splice", None)
             if splice is None or splice.stopped or splice.stages or other.output_ids:
                 continue  # computes all, or has begun to take over something else

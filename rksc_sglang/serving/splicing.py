@@ -19,7 +19,7 @@ import torch
 from sglang.srt.managers.schedule_policy import AddReqResult
 
 from rksc_sglang.asks.content_index import Run
-from rksc_sglang.asks.plan import Planner, Take
+from rksc_sglang.asks.plan import Compute, Planner, Take
 from rksc_sglang.serving.donors import Donors
 from rksc_sglang.serving.internal import InternalState, ModelFacts, make_internal_req
 from rksc_sglang.serving.splice_state import SpliceState
@@ -142,9 +142,10 @@ class Splicer:
             state.skip_until = max(state.skip_until, often)
         start = max(ready, state.skip_until)
         if not len(state.private) and not state.refusals:
-            if self._better_is_coming(req, state, leaders, runs, start, limit):
+            stretches = list(self.planner.stretches(runs, start, limit))
+            if self._better_is_coming(req, state, leaders, stretches, start):
                 return AddReqResult.CONTINUE
-            if runs and state.tau > 0 and self._is_wanted(req, runs, start, limit):
+            if stretches and state.tau > 0 and self._is_wanted(req, stretches):
                 runs = []
         step = self.planner.next_step(runs, ready, limit) if ready >= state.skip_until else None
         if isinstance(step, Take):
@@ -362,32 +363,31 @@ class Splicer:
         req: Req,
         state: SpliceState,
         leaders: Iterable[Req],
-        runs: list[Run],
+        stretches: list[Compute],
         start: int,
-        limit: int,
     ) -> bool:
         """Whether a request that is being computed will be a donor that is worth waiting for.
 
         Args:
-            runs: what there is already, of use from ``start`` to ``limit``.
+            stretches: what can be taken over already, from ``start`` on.
         """
         least = self._least(req, self._risk(req, state), req.prefix_len, self._later(state))
-        there = sum(stretch.gain for stretch in self.planner.stretches(runs, start, limit))
+        there = sum(stretch.gain for stretch in stretches)
         length = self.planner.head + there + max(self.planner.min_tokens, least)
         return self.donors.is_coming(req, leaders, length, start)
 
-    def _is_wanted(self, req: Req, runs: list[Run], start: int, limit: int) -> bool:
+    def _is_wanted(self, req: Req, stretches: list[Compute]) -> bool:
         """Whether those that wait gain more than a request loses that takes nothing over.
 
         They can take over only what is computed behind an exact context.
+
+        Args:
+            stretches: what the request could take over, at least one.
         """
-        stretches = list(self.planner.stretches(runs, start, limit))
-        if not stretches:
-            return False
-        taken = sum(stretch.gain for stretch in stretches)
-        tokens = -taken
+        there = sum(stretch.gain for stretch in stretches)
+        tokens = -there
         for common in self.donors.common(req, stretches[0].stop):
-            tokens += max(common - self.planner.head - taken, 0)
+            tokens += max(common - self.planner.head - there, 0)
             if tokens > 0 and (self.cost is None or self.cost.saved(tokens, 1.0) > 0):
                 return True
         return False
