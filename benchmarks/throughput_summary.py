@@ -208,8 +208,8 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     bars.set_ylabel("problems a second, ratio")
     bars.legend(fontsize=7)
     for curve, (program, lines) in zip(others, grown.items()):
-        for condition, points in lines.items():
-            curve.plot(*zip(*sorted(points)), marker="o", label=condition)
+        for condition in sorted(lines):  # rounds have them in random order
+            curve.plot(*zip(*sorted(lines[condition])), marker="o", label=condition)
         curve.set_title(program, fontsize=9)
         curve.set_xlabel(GROWTH[program])
         curve.set_ylabel("seconds a problem, median")
