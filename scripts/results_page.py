@@ -70,10 +70,10 @@ SECTIONS = (
         "problems arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one "
         "start of servers, and for all but documents and debate from an earlier version. "
         "Documents take 26 seconds in the median there (34 under `sglang_best`), the others within "
-        "7 % of it; debate is 5 % slower, of which a server's luck may be all: equal ones differ by "
-        "as much for as long as they run. RKSC does not pay where prompts are short and what they "
-        "have in common is cached anyway, as in large votes, and nothing is lost there by leaving "
-        "it off.",
+        "7 % of it; debate is 5 % slower, which may be a server's luck: equal ones differ by as "
+        "much for as long as they run. RKSC does not pay where prompts are short and what they "
+        "have in common is cached anyway, as in large votes; nothing is lost there by leaving it "
+        "off.",
         {
             "speedup_vs_no_kv": "at least 3",
             "speedup_vs_sglang": "at least 1.66",
