@@ -111,20 +111,29 @@ def accuracy(rows: Sequence[Row], condition: str) -> dict[str, float]:
 
 
 def accuracy_delta(rows: Sequence[Row], a: str, b: str) -> dict[str, float] | None:
-    """Points of accuracy of ``a`` over ``b``; the programs' answers to one problem count as one."""
+    """Points of accuracy of ``a`` over ``b``: the mean over programs of that over their problems.
+
+    For the interval, the programs' answers to one problem count as one.
+    """
     right: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         for problem, is_right in zip(row["problems"], row["right"]):
-            run = (problem, row["workload"], row["repeat"])
+            run = (row["program"], problem, row["workload"], row["repeat"])
             right[run][row["condition"]] = float(is_right)
     deltas = defaultdict(list)
-    for (problem, *_), found in right.items():
+    for (program, problem, *_), found in right.items():
         if a in found and b in found:
-            deltas[problem].append(100 * (found[a] - found[b]))
+            deltas[program].append((problem, 100 * (found[a] - found[b])))
     if not deltas:
         return None
-    delta = mean_gain([float(np.mean(values)) for values in deltas.values()])
-    return {**delta, "problems": len(deltas)}
+    shares: dict[int, float] = defaultdict(float)  # of each problem in the mean
+    for pairs in deltas.values():
+        for problem, delta in pairs:
+            shares[problem] += delta / len(pairs) / len(deltas)
+    return {
+        **mean_gain([len(shares) * share for share in shares.values()]),
+        "problems": len(shares),
+    }
 
 
 def _percentiles(rows: Iterable[Row]) -> dict[str, float]:

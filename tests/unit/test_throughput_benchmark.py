@@ -144,6 +144,15 @@ def test_programs_that_solve_the_same_problem_are_one_observation():
     assert accuracy_delta(rows, "rksc", "sglang_best") is None
 
 
+def test_programs_weigh_alike_however_many_problems_each_had():
+    rows = [
+        row("rksc", 1.0, "a", right=[True] * 2),
+        row("sglang_best", 1.0, "a", right=[False] * 2),
+        *(row(c, 1.0, "b", r, right=[True] * 2) for c in ("rksc", "sglang_best") for r in (1, 2)),
+    ]
+    assert accuracy_delta(rows, "rksc", "sglang_best")["value"] == pytest.approx(50)
+
+
 def test_what_each_mechanism_adds():
     rows = [
         row(condition, throughput, part="ablations")
