@@ -54,26 +54,26 @@ SECTIONS = (
         "throughput",
         "Whole programs",
         "Six reasoning programs on SmolLM2, one and four problems at a time, problems a second: "
-        "mode balanced against stock SGLang without a radix cache (`no_kv`), with the same program "
-        "(`sglang`), and with its best flags and the best form of the program that it allows "
-        "(`sglang_best`). All generate the same number of tokens, and are measured in turns of a "
-        "second on servers that are started anew: three times for `speed`, whose ratios are those "
-        "against `sglang` and `sglang_best`, twice for the other parts. By what a pass and a token "
-        "cost there, prefill is 10 to 44 % of the time under `sglang_best`, 9 to 58 % under "
-        "`sglang`, and decoding, which all have in common, is the rest: were all prefill free, the "
-        "ratio against the first would be 1.37, against the second 1.44. `without` is RKSC over "
-        "RKSC without one of its mechanisms, four problems at a time, from before who will be a "
-        "donor for others stopped taking over anything itself. `paper` is the paper's setting: 8 "
-        "branches, 1,024 tokens that they share, 8 or 32 new ones, batched verdicts; the paper had "
-        "3.01, 1.81 and 1.66 there. `growth` is against `sglang_best`, by samples of a vote and by "
-        "words of a document. `open_loop` is the seconds a problem, of all six programs, where "
-        "problems arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one "
-        "start of servers, and for all but documents and debate from an earlier version. "
-        "Documents take 26 seconds in the median there (34 under `sglang_best`), the others within "
-        "7 % of it; debate is 5 % slower, which may be a server's luck: equal ones differ by as "
-        "much for as long as they run. RKSC does not pay where prompts are short and what they "
-        "have in common is cached anyway, as in large votes; nothing is lost there by leaving it "
-        "off.",
+        "mode balanced against stock SGLang without a radix cache (`no_kv`), with the same "
+        "program (`sglang`), and with its best flags and the best form of the program that it "
+        "allows (`sglang_best`). All generate the same number of tokens, and are measured in "
+        "turns of a second on servers that are started anew: three times for `speed`, whose "
+        "ratios are those against `sglang` and `sglang_best`, twice for the other parts. By what "
+        "a pass and a token cost there, prefill is 10 to 44 % of the time under `sglang_best`, 9 "
+        "to 58 % under `sglang`, and decoding, which all have in common, is the rest: were all "
+        "prefill free, the ratio against the first would be 1.37, against the second 1.44. "
+        "`without` is RKSC over RKSC without one of its mechanisms, four problems at a time, from "
+        "before who will be a donor for others stopped taking over anything itself. `paper` is "
+        "the paper's setting: 8 branches, 1,024 tokens that they share, 8 or 32 new ones, batched "
+        "verdicts; the paper had 3.01, 1.81 and 1.66 there. Verdicts that RKSC skips there are "
+        "not generated. `growth` is against `sglang_best`, by samples of a vote and by words of a "
+        "document. `open_loop` is the seconds a problem, of all six programs, where problems "
+        "arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one start of "
+        "servers, and for all but documents and debate from an earlier version. Documents take 26 "
+        "seconds in the median there (34 under `sglang_best`), the others within 7 % of it; "
+        "debate is 5 % slower, which may be a server's luck: equal ones differ by as much for as "
+        "long as they run. RKSC does not pay where prompts are short and what they have in common "
+        "is cached anyway, as in large votes; nothing is lost there by leaving it off.",
         {
             "speedup_vs_no_kv": "at least 3",
             "speedup_vs_sglang": "at least 1.66",
@@ -92,9 +92,9 @@ SECTIONS = (
     Section(
         "throughput_accuracy",
         "Accuracy of whole programs",
-        "Best-of-N, self-consistency, tree of thought and document questions on 1,008 problems each "
-        "of the reasoner, mode balanced with all that is calibrated for it against SGLang at its "
-        "best: points of accuracy gained, in the mean over programs. Of the questions about "
+        "Best-of-N, self-consistency, tree of thought and document questions on 1,008 problems "
+        "each of the reasoner, mode balanced with all that is calibrated for it against SGLang at "
+        "its best: points of accuracy gained, in the mean over programs. Of the questions about "
         "documents both answer every one right. Beam search and debate are not measured. SmolLM2 "
         "solves next to none of the problems at the lengths that it is given.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
