@@ -121,8 +121,8 @@ class JoiningSplicer(Splicer):
         tokens, limit = self._spliceable(req)
         if not state.stopped and stop < limit:
             runs = self._find(req, state, tokens[:limit], stop)
-            stage = self._next_stage(state, runs, stop, limit, self._later(state))
             stretches = list(self.planner.stretches(runs, stop, limit))
+            stage = self._next_stage(state, stretches, self._later(state))
             if stage is not None or self._better_is_coming(req, state, leaders, stretches, stop):
                 return False
         load = Load(state, leader=leader, ahead=slice(req.prefix_len, stop))

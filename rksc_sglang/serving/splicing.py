@@ -158,8 +158,8 @@ class Splicer:
             state.skip_until = self.planner.again(step, ready, state.refusals)
             if state.skip_until >= step.options[0][1]:
                 state.refusals = 0
-        extra = self._extra_passes(state)
-        stage = self._next_stage(state, runs, max(ready, state.skip_until), limit, extra)
+        ahead = self.planner.stretches(runs, max(ready, state.skip_until), limit)
+        stage = self._next_stage(state, ahead, self._extra_passes(state))
         if stage is not None:
             return self._stage(req, state, stage)
         self._admit(req, state, None)
@@ -174,12 +174,12 @@ class Splicer:
         return 1.0 + self._extra_passes(state)
 
     def _next_stage(
-        self, state: SpliceState, runs: list[Run], ready: int, limit: int, passes: float = 1.0
+        self, state: SpliceState, stretches: Iterable[Compute], passes: float = 1.0
     ) -> int | None:
-        """Where a stage that starts behind ``ready`` must end for the next run that pays."""
+        """Where the next stage must end for the first of the stretches ahead that pays."""
         # Who asks for splices of any similarity wants to see them, whatever they cost.
         cost = self.cost if state.tau > 0 else None
-        for stretch in self.planner.stretches(runs, ready, limit):
+        for stretch in stretches:
             if cost is None or cost.saved(stretch.gain, passes) > 0:
                 return stretch.stop
         return None
@@ -251,7 +251,7 @@ class Splicer:
         assert load.run is not None
         # At least a page is computed in between: its last token is where the next gate looks.
         after = load.run.start + load.stop + self.planner.page_size
-        stage = self._next_stage(state, runs, after, limit)
+        stage = self._next_stage(state, self.planner.stretches(runs, after, limit))
         if stage is not None:
             return self._stage(req, state, stage, load)
         self._admit(req, state, load)
