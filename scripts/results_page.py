@@ -95,7 +95,7 @@ SECTIONS = (
         "Best-of-N, self-consistency, tree of thought and questions about documents on 1,008 "
         "problems each of the reasoner, debate on 432 of them, mode balanced with all that is "
         "calibrated for it against SGLang at its best: points of accuracy gained, in the mean over "
-        "programs. Both answer every question about a document. Beam search is not measured. "
+        "programs. Both get every question about a document right. Beam search is not measured. "
         "SmolLM2 solves next to none of the problems at the lengths that it is given.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
     ),
