@@ -41,7 +41,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         **{f"speedup_vs_{baseline}": fast["speedups"][baseline] for baseline in BASELINES},
         "worst_program_ratio": min(fast["programs"][BEST].values(), default=None),
-        "paper_setting_vs_no_kv": fast["paper"] and fast["paper"][f"{RKSC}/{NO_KV}"],
+        "paper_setting_vs_no_kv": fast["paper"] and fast["paper"][f"{RKSC}/{NO_KV}"]["all"],
         "accuracy_delta": judged["accuracy_delta"],
         "models": models,
     }
@@ -69,7 +69,7 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
             if condition != RKSC
         },
         "open_loop": {
-            condition: _percentiles(row for row in part("open") if row["condition"] == condition)
+            condition: _open_loop(part("open"), condition)
             for condition in _conditions(part("open"))
         },
         "paper": _paper(part("paper")),
@@ -136,6 +136,17 @@ def accuracy_delta(rows: Sequence[Row], a: str, b: str) -> dict[str, float] | No
     }
 
 
+def _open_loop(rows: Sequence[Row], condition: str) -> dict[str, float]:
+    """Percentiles of the seconds a problem took, by program."""
+    return {
+        f"{program} {name}": seconds
+        for program in dict.fromkeys(row["program"] for row in rows)
+        for name, seconds in _percentiles(
+            row for row in rows if (row["program"], row["condition"]) == (program, condition)
+        ).items()
+    }
+
+
 def _percentiles(rows: Iterable[Row]) -> dict[str, float]:
     seconds = [s for row in rows for s in row["seconds"]]
     return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95)}
@@ -171,13 +182,14 @@ def _paper(rows: Sequence[Row]) -> dict[str, Any] | None:
     """The paper's comparisons, over all numbers of new tokens and by each."""
     if not rows:
         return None
+    programs = {row["workload"]: row["program"] for row in rows}
     result: dict[str, Any] = {}
     for a, b in PAPER_ROW:
         groups = ratios(rows, a, b)
-        result[f"{a}/{b}"] = _geometric_mean(groups)
-        for workload, group in groups.items():
-            program = next(row["program"] for row in rows if row["workload"] == workload)
-            result[f"{a}/{b} {program}"] = geometric_mean_ratio([group])
+        result[f"{a}/{b}"] = {
+            "all": _geometric_mean(groups),
+            **{programs[name]: geometric_mean_ratio([group]) for name, group in groups.items()},
+        }
     return result
 
 
@@ -193,7 +205,7 @@ def print_bars(summary: Mapping[str, Any]) -> None:
         if model["paper"]:
             table = Table("problems a second", "paper", name, title="the paper's setting")
             for (a, b), value in PAPER_ROW.items():
-                table.add_row(f"{a} / {b}", f"{value}", _cell(model["paper"][f"{a}/{b}"]))
+                table.add_row(f"{a} / {b}", f"{value}", _cell(model["paper"][f"{a}/{b}"]["all"]))
             console.print(table)
 
 

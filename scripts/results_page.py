@@ -27,12 +27,14 @@ class Section(NamedTuple):
         text: what was measured, and what to make of it.
         figures: keys of the summary, "a/b" for a key of a mapping in it, each with what was wanted
             of it; empty where nothing was.
+        tables: keys of mappings in the summary that are a table each, with what is in it.
     """
 
     name: str
     title: str
     text: str
     figures: Mapping[str, str]
+    tables: Mapping[str, str] = {}
 
 
 SPLICE_BARS = {
@@ -57,36 +59,38 @@ SECTIONS = (
         "mode balanced against stock SGLang without a radix cache (`no_kv`), with the same "
         "program (`sglang`), and with its best flags and the best form of the program that it "
         "allows (`sglang_best`). All generate the same number of tokens, and are measured in "
-        "turns of a second on servers that are started anew: three times for `speed`, whose "
-        "ratios are those against `sglang` and `sglang_best`, twice for the other parts. By what "
-        "a pass and a token cost there, prefill is 10 to 44 % of the time under `sglang_best`, 9 "
-        "to 58 % under `sglang`, and decoding, which all have in common, is the rest: were all "
-        "prefill free, the ratio against the first would be 1.37, against the second 1.44. "
-        "`without` is RKSC over RKSC without one of its mechanisms, four problems at a time, from "
-        "before who will be a donor for others stopped taking over anything itself. `paper` is "
-        "the paper's setting: 8 branches, 1,024 tokens that they share, 8 or 32 new ones, batched "
-        "verdicts; the paper had 3.01, 1.81 and 1.66 there. Verdicts that RKSC skips there are "
-        "not generated. `growth` is against `sglang_best`, by samples of a vote and by words of a "
-        "document. `open_loop` is the seconds a problem, of all six programs, where problems "
-        "arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one start of "
-        "servers, and for all but documents and debate from an earlier version. Documents take 26 "
-        "seconds in the median there (34 under `sglang_best`), the others within 7 % of it; "
-        "debate is 5 % slower, which may be a server's luck: equal ones differ by as much for as "
-        "long as they run. RKSC does not pay where prompts are short and what they have in common "
-        "is cached anyway, as in large votes; nothing is lost there by leaving it off.",
+        "turns of a second on servers that are started anew: three times for the ratios against "
+        "`sglang` and `sglang_best`, twice for the others.\n\n"
+        "By what a pass and a token cost there, prefill is 10 to 44 % of the time under "
+        "`sglang_best`, 9 to 58 % under `sglang`, and decoding, which all have in common, is the "
+        "rest: were all prefill free, the ratio against the first would be 1.37, against the "
+        "second 1.44.\n\n"
+        "RKSC does not pay where prompts are short and what they have in common is cached anyway, "
+        "as in large votes; nothing is lost there by leaving it off. It pays the more, the longer "
+        "the text is that several contexts have in common.",
         {
             "speedup_vs_no_kv": "at least 3",
             "speedup_vs_sglang": "at least 1.66",
             "speedup_vs_sglang_best": "low end above 1",
             "worst_program_ratio": "at least 0.98",
-            "models/smollm2/programs/sglang_best": "",
-            "models/smollm2/programs/sglang": "",
-            "models/smollm2/programs/no_kv": "",
-            "models/smollm2/without": "",
             "paper_setting_vs_no_kv": "at least 3",
-            "models/smollm2/paper": "",
-            "models/smollm2/growth": "",
-            "models/smollm2/open_loop": "",
+        },
+        {
+            "models/smollm2/programs": "By program, against each.",
+            "models/smollm2/growth": "Against `sglang_best`, by samples of a vote and by words of "
+            "a document.",
+            "models/smollm2/without": "What was gained by what: RKSC over RKSC without one of its "
+            "mechanisms, four problems at a time, from before who will be a donor for others "
+            "stopped taking over anything itself.",
+            "models/smollm2/open_loop": "Seconds a problem, of all six programs, where problems "
+            "arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one start of "
+            "servers, and for all but documents and debate from an earlier version. Documents take "
+            "26 seconds in the median there (34 under `sglang_best`), the others within 7 % of it; "
+            "debate is 5 % slower, which may be a server's luck: equal ones differ by as much for "
+            "as long as they run.",
+            "models/smollm2/paper": "The paper's setting: 8 branches, 1,024 tokens that they "
+            "share, 8 or 32 new ones, batched verdicts; the paper had 3.01, 1.81 and 1.66 there. "
+            "Verdicts that RKSC skips are not generated.",
         },
     ),
     Section(
@@ -246,20 +250,36 @@ SECTIONS = (
 
 
 def figure(value: Any) -> str:
-    """A number, a mapping of one with its interval, or one of several by name, as text."""
+    """A number, or a mapping of one with its interval, as text."""
     if not isinstance(value, Mapping):
         return number(value)
-    if "low" not in value:
-        return ", ".join(f"{name} {figure(one)}" for name, one in value.items())
     center = value.get("ratio", value.get("value"))
     of = f" (`{value['policy']}`)" if "policy" in value else ""
     return f"{number(center)} [{number(value['low'])}, {number(value['high'])}]{of}"
 
 
+def table(title: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Rows by name; of a mapping of mappings, whose keys are columns, by the names in these."""
+    nested = all(isinstance(one, Mapping) and "low" not in one for one in values.values())
+    columns = values if nested else {title: values}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    yield f"| | {' | '.join(columns)} |"
+    yield f"|---|{'---|' * len(columns)}"
+    for name in names:
+        cells = (figure(column[name]) if name in column else "" for column in columns.values())
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def number(value: Any) -> str:
     if value is None:
         return "not measured"
+    if isinstance(value, float) and 1 <= abs(value) < 10:
+        return f"{value:.2f}"
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}"
+
+
+def found(result: Mapping[str, Any], key: str) -> Any:
+    return reduce(lambda at, name: at.get(name), key.split("/"), result["summary"])
 
 
 def machines(result: Mapping[str, Any]) -> str:
@@ -276,8 +296,8 @@ def machines(result: Mapping[str, Any]) -> str:
     )
 
 
-def machine(found: Mapping[str, Any]) -> str:
-    return found.get("device") or f"{found['processor']}, {found['cores']} cores"
+def machine(run: Mapping[str, Any]) -> str:
+    return run.get("device") or f"{run['processor']}, {run['cores']} cores"
 
 
 def lines() -> Iterator[str]:
@@ -298,9 +318,12 @@ def lines() -> Iterator[str]:
         yield f"`python -m {result['benchmark']}`: {kind}, {machines(result)}.\n"
         yield "| figure | measured | wanted |\n|---|---|---|"
         for name, wanted in section.figures.items():
-            value = reduce(lambda at, key: at.get(key), name.split("/"), result["summary"])
-            yield f"| `{name}` | {figure(value)} | {wanted} |"
+            yield f"| `{name}` | {figure(found(result, name))} | {wanted} |"
         yield ""
+        for name, caption in section.tables.items():
+            yield f"{caption}\n"
+            yield from table(name.split("/")[-1], found(result, name))
+            yield ""
         if path.with_suffix(".png").exists():
             yield f"![{section.title}](../benchmarks/results/{section.name}.png)\n"
 

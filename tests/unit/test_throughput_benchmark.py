@@ -174,8 +174,8 @@ def test_the_papers_row_is_printed_beside_ours(capsys):
     assert summary["paper_setting_vs_no_kv"]["ratio"] == pytest.approx(4)
     assert summary["accuracy_delta"] is None
     paper = summary["models"]["smollm2"]["paper"]
-    assert paper["rksc/no_kv paper_setting_8"]["ratio"] == pytest.approx(8)
-    assert paper["sglang_best/no_kv"]["ratio"] == pytest.approx(2)
+    assert paper["rksc/no_kv"]["paper_setting_8"]["ratio"] == pytest.approx(8)
+    assert paper["sglang_best/no_kv"]["all"]["ratio"] == pytest.approx(2)
     print_bars(summary)
     line = next(line for line in capsys.readouterr().out.splitlines() if "3.008" in line)
     assert "4.00 [4.00, 4.00]" in line
@@ -184,7 +184,7 @@ def test_the_papers_row_is_printed_beside_ours(capsys):
 def test_seconds_of_problems_are_pooled():
     rows = [row("rksc", 1.0, part="open", load="open", seconds=[float(s) for s in range(101)])]
     summary = summarise(rows)["models"]["smollm2"]
-    assert summary["open_loop"]["rksc"] == pytest.approx({"p50": 50, "p95": 95})
+    assert summary["open_loop"]["rksc"] == pytest.approx({"debate p50": 50, "debate p95": 95})
     assert summary["workloads"]["smollm2/open/debate/open"]["rksc"]["p95"] == pytest.approx(95)
 
 
