@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import splice, splice_cases, splice_summary
+from benchmarks import splice, splice_cases, splice_quality, splice_summary
 from benchmarks.harness import BenchmarkError
 from benchmarks.splice_cases import (
     ADVERSARIAL,
@@ -83,7 +83,7 @@ def test_every_prompt_repeats_words_of_its_donor_and_is_no_donor(cases):
     for case in cases:
         (donor,) = case.donors
         assert case.prompt != donor
-        runs = splice.repeated_runs(case.prompt.split(), [donor.split()], 8)
+        runs = splice_quality.repeated_runs(case.prompt.split(), [donor.split()], 8)
         assert runs, case
         assert case.prompt.startswith("<|im_start|>system\n")
 
@@ -187,14 +187,14 @@ def test_word_problems_are_read_as_gsm8k_writes_them(tmp_path):
 def test_repeated_runs_are_found_behind_other_prefixes_in_any_order():
     a, b, c = list(range(10, 20)), list(range(30, 42)), list(range(50, 55))
     donor = [1, 2, *a, 3, *b, 4, *c]
-    assert splice.repeated_runs([1, 9, *b, 8, *a, 7], [donor], 6) == [(2, 12), (15, 10)]
+    assert splice_quality.repeated_runs([1, 9, *b, 8, *a, 7], [donor], 6) == [(2, 12), (15, 10)]
     # The exact prefix is none of ours, and the last token is always computed.
-    assert splice.repeated_runs([1, 2, *a, 9, *b], [donor], 6) == [(13, 11)]
-    assert splice.repeated_runs([9, *c, 9], [donor], 6) == []
-    assert splice.repeated_runs(donor, [donor], 6) == []
+    assert splice_quality.repeated_runs([1, 2, *a, 9, *b], [donor], 6) == [(13, 11)]
+    assert splice_quality.repeated_runs([9, *c, 9], [donor], 6) == []
+    assert splice_quality.repeated_runs(donor, [donor], 6) == []
 
 
-class FakeClient(splice.Client):
+class FakeClient(splice_quality.Client):
     """A server that answers edited prompts by their length, and splices all but a few tokens."""
 
     def __init__(self, spliced=50):
@@ -206,17 +206,17 @@ class FakeClient(splice.Client):
         return {"ranks": [{"splice": {"head": 16, "min_tokens": 48, "cost": None}}]}
 
     def _info(self, share):
-        spliced = self.spliced if share == splice.SIMILAR else 0
+        spliced = self.spliced if share == splice_quality.SIMILAR else 0
         return {"spliced_tokens": spliced, "recomputed_tokens": 9, "similarity": 0.9}
 
     def ask(self, prompt, steps, share, salt, tau=None):
         self.asked.append((salt, share))
-        return splice.Answer(0.1, [len(prompt) % 3] * steps, self._info(share))
+        return splice_quality.Answer(0.1, [len(prompt) % 3] * steps, self._info(share))
 
     def first_token(self, prompt, share, salt, tau=None):
         self.asked.append((salt, share))
         logits = np.zeros(8)
-        logits[len(prompt) % 3] = 3 if share == splice.EXACT else 2
+        logits[len(prompt) % 3] = 3 if share == splice_quality.EXACT else 2
         return logits - np.log(np.exp(logits).sum()), self._info(share)
 
 
@@ -224,7 +224,7 @@ def quality(client):
     def tokenize(text):
         return [int(word) if word.isdigit() else len(word) % 8 for word in text.split()]
 
-    return splice.Quality(client, "rksc", tokenize)
+    return splice_quality.Quality(client, "rksc", tokenize)
 
 
 def test_a_case_finds_its_donors_and_nothing_else():
@@ -259,12 +259,14 @@ def test_near_duplicates_are_tried_until_enough_are_answered_differently():
 
 def test_a_verdict_of_several_tokens_is_refused():
     with pytest.raises(BenchmarkError, match="'Yes' is not a single token"):
-        splice.Quality(FakeClient(), "rksc", lambda text: [1, 2])
+        splice_quality.Quality(FakeClient(), "rksc", lambda text: [1, 2])
 
 
 def test_kl_divergence_in_nats():
     p, q = np.log([0.5, 0.5]), np.log([0.25, 0.75])
-    assert splice.kl_divergence(p, q) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+    assert splice_quality.kl_divergence(p, q) == pytest.approx(
+        0.5 * np.log(2) + 0.5 * np.log(2 / 3)
+    )
 
 
 def test_auc_counts_ties_half():
