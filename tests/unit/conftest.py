@@ -122,3 +122,18 @@ def make_req(sglang_runtime: None) -> Callable[..., Any]:
         return Req(rid, "", array("q", tokens), SamplingParams(max_new_tokens=4), **kwargs)
 
     return make
+
+
+@pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
+def scheduler(request: pytest.FixtureRequest, make_cache: Any, make_req: Any) -> Any:
+    from tests.unit.splicing_scheduler import Scheduler
+
+    return Scheduler(make_cache, make_req, page_size=request.param)
+
+
+@pytest.fixture(params=[1, 4], ids=lambda size: f"page{size}")
+def joining(request: pytest.FixtureRequest, make_cache: Any, make_req: Any) -> Any:
+    """A scheduler whose stages share a pass with what follows them."""
+    from tests.unit.splicing_scheduler import Scheduler
+
+    return Scheduler(make_cache, make_req, 400, page_size=request.param, joins=True)
