@@ -60,7 +60,11 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
         "programs": {baseline: _by_program(closed, groups) for baseline, groups in against.items()},
         "growth": _by_program(part("growth"), ratios(part("growth"), RKSC, BEST)),
         "accuracy": {
-            condition: accuracy(answered, condition) for condition in _conditions(answered)
+            condition: {
+                program: accuracy([row for row in answered if row["program"] == program], condition)
+                for program in dict.fromkeys(row["program"] for row in answered)
+            }
+            for condition in _conditions(answered)
         },
         "accuracy_delta": accuracy_delta(answered, RKSC, BEST),
         "without": {

@@ -96,12 +96,12 @@ SECTIONS = (
     Section(
         "throughput_accuracy",
         "Accuracy of whole programs",
-        "Best-of-N, self-consistency, tree of thought and questions about documents on 1,008 "
-        "problems each of the reasoner, debate on 432 of them, mode balanced with all that is "
+        "Six programs on 1,008 problems each of the reasoner, mode balanced with all that is "
         "calibrated for it against SGLang at its best: points of accuracy gained, in the mean over "
-        "programs. Both get every question about a document right. Beam search is not measured. "
+        "programs. In self-consistency nothing is approximate, so its difference is chance. "
         "SmolLM2 solves next to none of the problems at the lengths that it is given.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
+        {"models/reasoner/accuracy": "Share of right answers, by program."},
     ),
     Section(
         "cpu_attention",
@@ -253,7 +253,7 @@ def figure(value: Any) -> str:
     """A number, or a mapping of one with its interval, as text."""
     if not isinstance(value, Mapping):
         return number(value)
-    center = value.get("ratio", value.get("value"))
+    center = next(value[name] for name in ("ratio", "value", "mean") if name in value)
     of = f" (`{value['policy']}`)" if "policy" in value else ""
     return f"{number(center)} [{number(value['low'])}, {number(value['high'])}]{of}"
 
@@ -284,16 +284,15 @@ def found(result: Mapping[str, Any], key: str) -> Any:
 
 def machines(result: Mapping[str, Any]) -> str:
     """What a result was taken on; its parts by name where they were on several machines."""
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, set[str]] = {}
     for run in result["config"].get("runs", []):
-        if "machine" in run:
-            names = run.get("parts") or [run["part"]]
-            parts.setdefault(machine(run["machine"]), []).extend(names)
+        where = machine(run.get("machine", result["machine"]))
+        parts.setdefault(where, set()).update(run.get("parts") or [run["part"]])
     if len(parts) < 2:
         return machine(result["machine"])
-    return "; ".join(
-        f"{', '.join(dict.fromkeys(names))} on {where}" for where, names in parts.items()
-    )
+    if len(set.union(*parts.values())) < 2:
+        return " and ".join(parts)
+    return "; ".join(f"{', '.join(sorted(names))} on {where}" for where, names in parts.items())
 
 
 def machine(run: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def test_speed_is_judged_on_smollm2_and_accuracy_on_the_other_model():
     assert summary["accuracy_delta"]["value"] == pytest.approx(50)
     other = summary["models"]["m"]
     assert other["speedups"]["sglang_best"]["ratio"] == pytest.approx(0.5)
-    assert other["accuracy"]["rksc"]["mean"] == 1
+    assert other["accuracy"]["rksc"]["debate"]["mean"] == 1
     assert summary["models"]["smollm2"]["accuracy_delta"]["value"] == 0
 
 
