@@ -12,11 +12,11 @@ SGLang takes sampling seeds only with deterministic inference, which no CPU atte
 Parts, with the minutes that a full run takes on 2 cores (4 GB of memory a server): speed (80; 50 of
 them beam_search, document_qa and debate), no_kv (25), ablations (45), growth (50: more branches,
 longer documents), open (40: problems arrive at 0.7 of what sglang_best can do), accuracy (SmolLM2
-45; with --bare 1,008 problems, two hours of the reasoner) and paper (50). In all but accuracy every
-generation has a given length, drawn once a problem, and only samples that can no longer change the
-outcome end earlier. Run the parts one by one, with the same --json file: it keeps what the others
-measured. Another --seed adds rounds to a part. --programs divides a part further; growth and paper
-have programs of their own.
+45; with --bare 1,008 problems, four hours of the reasoner) and paper (50). In all but accuracy
+every generation has a given length, drawn once a problem, and only samples that can no longer
+change the outcome end earlier. Run the parts one by one, with the same --json file: it keeps what
+the others measured. Another --seed adds rounds to a part. --programs divides a part further; growth
+and paper have programs of their own.
 """
 
 from __future__ import annotations
