@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,7 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
         "speedups": {baseline: _geometric_mean(groups) for baseline, groups in against.items()},
         "programs": {baseline: _by_program(closed, groups) for baseline, groups in against.items()},
         "growth": _by_program(part("growth"), ratios(part("growth"), RKSC, BEST)),
-        "accuracy": {
-            condition: {
-                program: accuracy([row for row in answered if row["program"] == program], condition)
-                for program in dict.fromkeys(row["program"] for row in answered)
-            }
-            for condition in _conditions(answered)
-        },
+        "accuracy": _each(answered, accuracy),
         "accuracy_delta": accuracy_delta(answered, RKSC, BEST),
         "without": {
             condition: _geometric_mean(ratios(part("ablations"), RKSC, condition))
@@ -73,8 +67,12 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
             if condition != RKSC
         },
         "open_loop": {
-            condition: _open_loop(part("open"), condition)
-            for condition in _conditions(part("open"))
+            condition: {
+                f"{program} {name}": seconds
+                for program, percentiles in programs.items()
+                for name, seconds in percentiles.items()
+            }
+            for condition, programs in _each(part("open"), _percentiles).items()
         },
         "paper": _paper(part("paper")),
         "workloads": _workloads(rows),
@@ -108,9 +106,22 @@ def _by_program(rows: Sequence[Row], groups: Groups) -> dict[str, float]:
     return {program: float(np.exp(np.mean(values))) for program, values in logs.items()}
 
 
-def accuracy(rows: Sequence[Row], condition: str) -> dict[str, float]:
+def _each(
+    rows: Iterable[Row], measure: Callable[[list[Row]], dict[str, float]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """A measure of the rows of each condition and program."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["condition"], {}).setdefault(row["program"], []).append(row)
+    return {
+        condition: {program: measure(some) for program, some in programs.items()}
+        for condition, programs in found.items()
+    }
+
+
+def accuracy(rows: Iterable[Row]) -> dict[str, float]:
     """Share of right answers, its interval, and of how many."""
-    right = [float(r) for row in rows if row["condition"] == condition for r in row["right"]]
+    right = [float(r) for row in rows for r in row["right"]]
     return {**mean_interval(right), "answers": len(right)}
 
 
@@ -140,17 +151,6 @@ def accuracy_delta(rows: Sequence[Row], a: str, b: str) -> dict[str, float] | No
     }
 
 
-def _open_loop(rows: Sequence[Row], condition: str) -> dict[str, float]:
-    """Percentiles of the seconds a problem took, by program."""
-    return {
-        f"{program} {name}": seconds
-        for program in dict.fromkeys(row["program"] for row in rows)
-        for name, seconds in _percentiles(
-            row for row in rows if (row["program"], row["condition"]) == (program, condition)
-        ).items()
-    }
-
-
 def _percentiles(rows: Iterable[Row]) -> dict[str, float]:
     seconds = [s for row in rows for s in row["seconds"]]
     return {f"p{q}": float(np.percentile(seconds, q)) for q in (50, 95)}
@@ -177,7 +177,7 @@ def _workloads(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 if all(name in row for row in some)
             },
             **_percentiles(some),
-            "accuracy": accuracy(some, condition) if some[0]["right"] else None,
+            "accuracy": accuracy(some) if some[0]["right"] else None,
         }
     return dict(table)
 

@@ -295,8 +295,8 @@ def machines(result: Mapping[str, Any]) -> str:
     return "; ".join(f"{', '.join(sorted(names))} on {where}" for where, names in parts.items())
 
 
-def machine(run: Mapping[str, Any]) -> str:
-    return run.get("device") or f"{run['processor']}, {run['cores']} cores"
+def machine(facts: Mapping[str, Any]) -> str:
+    return facts.get("device") or f"{facts['processor']}, {facts['cores']} cores"
 
 
 def lines() -> Iterator[str]:
