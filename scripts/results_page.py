@@ -96,10 +96,11 @@ SECTIONS = (
     Section(
         "throughput_accuracy",
         "Accuracy of whole programs",
-        "Six programs on 1,008 problems each of the reasoner (self-consistency and tree of thought "
-        "on 2,016), mode balanced with all that is calibrated for it against SGLang at its best: "
-        "points of accuracy gained, in the mean over programs. In self-consistency nothing is "
-        "approximate. SmolLM2 solves next to none of the problems at the lengths that it is given.",
+        "Six programs on 1,008 problems each of the reasoner (best-of-N and tree of thought on "
+        "2,016, self-consistency on 3,024), mode balanced with all that is calibrated for it against "
+        "SGLang at its best: points of accuracy gained, in the mean over programs. In "
+        "self-consistency nothing is approximate. SmolLM2 solves next to "
+        "none of the problems at the lengths that it is given.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
         {"models/reasoner/accuracy": "Share of right answers, by program."},
     ),
