@@ -84,10 +84,9 @@ SECTIONS = (
             "stopped taking over anything itself.",
             "models/smollm2/open_loop": "Seconds a problem, of all six programs, where problems "
             "arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one start of "
-            "servers, and for all but documents and debate from an earlier version. Documents take "
-            "26 seconds in the median there (34 under `sglang_best`), the others within 7 % of it; "
-            "debate is 5 % slower, which may be a server's luck: equal ones differ by as much for "
-            "as long as they run.",
+            "servers (debate on two, of different days). Documents take half as long as under "
+            "`sglang_best` in the median (on an earlier start 26 seconds in the place of 34), the "
+            "others are within 5 % of it, as equal servers are of each other.",
             "models/smollm2/paper": "The paper's setting: 8 branches, 1,024 tokens that they "
             "share, 8 or 32 new ones, batched verdicts; the paper had 3.01, 1.81 and 1.66 there. "
             "Verdicts that RKSC skips are not generated.",
@@ -97,10 +96,10 @@ SECTIONS = (
         "throughput_accuracy",
         "Accuracy of whole programs",
         "Six programs on 1,008 problems each of the reasoner (best-of-N and tree of thought on "
-        "2,016, self-consistency on 3,024), mode balanced with all that is calibrated for it against "
-        "SGLang at its best: points of accuracy gained, in the mean over programs. In "
-        "self-consistency nothing is approximate. SmolLM2 solves next to "
-        "none of the problems at the lengths that it is given.",
+        "2,016, self-consistency on 3,024), mode balanced with all that is calibrated for it "
+        "against SGLang at its best: points of accuracy gained, in the mean over programs. In "
+        "self-consistency nothing is approximate. SmolLM2 solves next to none of the problems at "
+        "the lengths that it is given.",
         {"accuracy_delta": "low end at least -1.5, high end at least 0"},
         {"models/reasoner/accuracy": "Share of right answers, by program."},
     ),
