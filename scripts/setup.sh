@@ -23,8 +23,6 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv || fail "could not create .venv with $python -m venv"
 fi
 echo "Installing into .venv: the first time this takes about 7 minutes and 11 GB ..." >&2
-# Most of 36,000 modules are never imported; those that are get compiled then.
-.venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile \
-    -e ".${extras:+[$extras]}" ||
+.venv/bin/python -m pip install -qq --disable-pip-version-check -e ".${extras:+[$extras]}" ||
     fail "the installation failed, see the message of pip above"
 touch "$stamp"
