@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +63,7 @@ from benchmarks.throughput_tasks import (
     tasks_of,
     with_lengths,
 )
-from benchmarks.turns import Clock, take_turns
+from benchmarks.turns import Clock, settle, take_turns
 from rksc_sglang.cgee.profile import ExitProfileError
 from rksc_sglang.demo.questions import QuestionsError
 from rksc_sglang.models.smollm2 import ensure_smollm2
@@ -72,8 +71,9 @@ from rksc_sglang.server_process import ServerFailedError
 
 #: Of what SGLang at its best can do in a closed loop, the rate at which problems arrive.
 OPEN_SHARE = 0.7
-#: Servers that have started are left alone: RKSC measures what prefills cost while nothing runs.
-SETTLE_SECONDS = 20.0
+#: Each server that has started is left alone twice: RKSC measures what prefills cost there, again
+#: and again, while nothing runs, and of several that measure at once none finds out.
+SETTLE_SECONDS, SETTLE_TURN = 20.0, 10.0
 #: A program has fewer generations at the same time.
 LENGTHS = 12
 SEARCHES = ("tree_of_thought", "beam_search")
@@ -342,7 +342,7 @@ def measure(
             for start in range(part.starts):
                 with start_together(flags) as processes:
                     servers = {one: Server(one, process) for one, process in processes.items()}
-                    time.sleep(SETTLE_SECONDS)
+                    settle(processes, SETTLE_SECONDS, SETTLE_TURN)
                     for row in part.measure(start, servers):
                         rows.append(row)
                         progress.update(bar, advance=1, description=name)

@@ -74,6 +74,25 @@ def take_turns(
     return {name: future.result() for name, future in futures.items()}
 
 
+def settle(processes: Mapping[str, ServerProcess], seconds: float, turn: float) -> None:
+    """Leave each server alone: it has no work, and the others are stopped.
+
+    Args:
+        processes: all run before and afterwards.
+        seconds: of each server's turns.
+        turn: seconds.
+
+    Raises:
+        ServerFailedError: a server ended.
+    """
+
+    def rest(clock: Clock) -> None:
+        while clock() < seconds:
+            time.sleep(turn / 100)
+
+    take_turns(processes, dict.fromkeys(processes, rest), turn)
+
+
 @contextmanager
 def _stopped(processes: list[ServerProcess]) -> Iterator[None]:
     for process in processes:

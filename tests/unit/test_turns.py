@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks.turns import Clock, take_turns
+from benchmarks.turns import Clock, settle, take_turns
 
 
 class Server:
@@ -93,3 +93,8 @@ def test_a_server_that_has_ended_is_noticed(servers):
 
 def test_a_clock_that_never_ran_is_at_zero():
     assert Clock()() == 0.0
+
+
+def test_each_settles_in_turns_of_its_own(servers):
+    settle(servers, seconds=0.03, turn=0.02)
+    assert all(server.turns >= 2 and server.is_running for server in servers.values())
