@@ -62,7 +62,7 @@ def _model(rows: Sequence[Row]) -> dict[str, Any]:
         "accuracy": _each(answered, accuracy),
         "accuracy_delta": accuracy_delta(answered, RKSC, BEST),
         "without": {
-            condition: _geometric_mean(ratios(part("ablations"), RKSC, condition))
+            condition: _by_program(part("ablations"), ratios(part("ablations"), RKSC, condition))
             for condition in _conditions(part("ablations"))
             if condition != RKSC
         },

@@ -80,8 +80,8 @@ SECTIONS = (
             "models/smollm2/growth": "Against `sglang_best`, by samples of a vote and by words of "
             "a document.",
             "models/smollm2/without": "What was gained by what: RKSC over RKSC without one of its "
-            "mechanisms, four problems at a time, from before who will be a donor for others "
-            "stopped taking over anything itself.",
+            "mechanisms, four problems at a time, one round of four problems each on one start of "
+            "servers, so that some percent are a server's luck.",
             "models/smollm2/open_loop": "Seconds a problem, of all six programs, where problems "
             "arrive at 0.7 of the rate that `sglang_best` reaches four at a time, on one start of "
             "servers (debate on two, of different days). Documents take half as long as under "
